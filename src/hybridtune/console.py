@@ -1,0 +1,105 @@
+"""What a person sees while a tuning runs: steps, notes, tables and progress. Calm where it is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import IO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Console:
+    """Prints to a stream; `quiet` prints nothing at all.
+
+    Args:
+        quiet: for `--json` and for use from programs.
+        stream: standard output where not given.
+    """
+
+    def __init__(self, quiet: bool = False, stream: IO[str] | None = None) -> None:
+        stream = stream or sys.stdout
+        self._rich = RichConsole(file=stream, quiet=quiet, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person is looking."""
+        return self._rich.is_terminal
+
+    def step(self, number: int, title: str) -> None:
+        """Announces one of the five steps."""
+        self._rich.print(f"\n[bold]{number}/5 {title}[/bold]" if self.is_terminal else f"\n{number}/5 {title}")
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """Prints one line; the text is shown as it is, never read as markup."""
+        self._rich.print(text, style=style, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning."""
+        self.line(f"  ! {text}", "yellow")
+
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]], bold: int | None = None) -> None:
+        """Prints a table; all columns but the first are right-aligned; `bold` is the number of a row to stress."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim", min_width=40)
+        for number, heading in enumerate(headings):
+            table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+        for number, row in enumerate(rows):
+            table.add_row(*map(_plain, row), style="bold" if number == bold else None)
+        width = self._rich.width
+        self._rich.width = max(width, 140) if not self.is_terminal else width
+        self._rich.print(table, soft_wrap=False)
+        self._rich.width = width
+
+    def begin(self, title: str, total: int) -> None:
+        """Begins a progress bar."""
+        self.finish()
+        if not self.is_terminal:
+            return
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._rich, transient=True)
+        self._progress.start()
+        self._task = self._progress.add_task(title, total=total)
+
+    def advance(self, done: int) -> None:
+        """Moves the progress bar to `done`."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done)
+
+    def finish(self) -> None:
+        """Takes the progress bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._task = None
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def count(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def memory(number: int | None) -> str:
+    """Bytes in MiB or GiB; a dash where they were not measured."""
+    if number is None:
+        return "-"
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def seconds(number: float) -> str:
+    """Seconds, or minutes where they are many."""
+    return f"{number:.1f} s" if number < 100 else f"{int(number // 60)} min {int(number % 60):02d} s"
+
+
+def interval(metric: dict[str, float]) -> str:
+    """0.912 [0.880, 0.938]."""
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"

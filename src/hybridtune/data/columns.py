@@ -1,0 +1,96 @@
+"""Gives the columns of a data set the names that a task knows them by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from datasets import Dataset
+
+from ..errors import DataError, nearest, unknown
+from .files import READ_AS
+from .tables import ROW
+
+
+def map_columns(
+    rows: Dataset,
+    split: str,
+    source: str,
+    wanted: dict[str, tuple[str, ...]],
+    hints: dict[str, str],
+    required: Collection[str],
+) -> Dataset:
+    """Gives the columns their canonical names.
+
+    Args:
+        rows: what `read` returned.
+        split: the split's name, for messages.
+        source: what `describe` returned, for messages.
+        wanted: canonical name -> other names that the column commonly has, tried in order, whatever their case.
+        hints: canonical name -> the user's column (`data.columns` of the recipe); wins.
+        required: canonical names that must be found.
+
+    Returns:
+        The rows with canonical names. Other columns are kept, but one that stands in the way of a canonical name is
+        left out.
+
+    Raises:
+        DataError: a hint names no column or no canonical name, two hints name one column, or a required column is
+            not found.
+    """
+    where = f"{source.partition(READ_AS)[0]} ({split})"
+    columns = [name for name in rows.column_names if name != ROW]
+    found = _hinted(columns, where, wanted, hints)
+    for canonical, known in wanted.items():
+        free = [name for name in columns if name not in found.values()]
+        column = None if canonical in found else _known(free, (canonical, *known))
+        if column is not None:
+            found[canonical] = column
+    for canonical in required:
+        if canonical not in found:
+            free = [name for name in columns if name not in found.values()]
+            raise DataError(
+                f"{where}: there is no column for {canonical}",
+                found=", ".join(columns),
+                expected=" or ".join(dict.fromkeys((canonical, *wanted.get(canonical, ())))),
+                mend=_mend(canonical, free[0])
+                if free
+                else f"add a column {canonical}; the first line names the columns",
+            )
+    in_the_way = [name for name in columns if name in wanted and name not in found.values()]
+    renames = {column: canonical for canonical, column in found.items() if column != canonical}
+    rows = rows.remove_columns(in_the_way) if in_the_way else rows
+    return rows.rename_columns(renames) if renames else rows
+
+
+def _hinted(
+    columns: list[str], where: str, wanted: dict[str, tuple[str, ...]], hints: dict[str, str]
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for canonical, column in hints.items():
+        if canonical not in wanted:
+            raise DataError(f"data.columns: {unknown('column', canonical, wanted)}", expected=", ".join(wanted))
+        if column not in columns:
+            guess = nearest(column, columns)
+            raise DataError(
+                f'{where}: there is no column "{column}", which data.columns names for {canonical}',
+                found=", ".join(columns),
+                mend=f'did you mean "{guess}"?' if guess else _mend(canonical, columns[0]),
+            )
+        if column in found.values():
+            raise DataError(f'data.columns: "{column}" is named twice', found=hints, expected="a column for each")
+        found[canonical] = column
+    return found
+
+
+def _known(columns: list[str], names: tuple[str, ...]) -> str | None:
+    by_lower = {name.strip().lower(): name for name in reversed(columns)}
+    for name in names:
+        if name in columns:
+            return name
+        if name.lower() in by_lower:
+            return by_lower[name.lower()]
+    return None
+
+
+def _mend(canonical: str, column: str) -> str:
+    return f"say which column it is, e.g. data: {{columns: {{{canonical}: {column}}}}} or --column {canonical}={column}"

@@ -1,0 +1,87 @@
+"""Every error that hybridtune raises on purpose.
+
+    HybridtuneError            exit code 1: the work failed
+    ├── TrainingError          the training itself failed
+    └── UserError              exit code 2: what was asked for cannot be done as written
+        ├── RecipeError        a key, value, strategy, stage or rule of the recipe
+        ├── DataError          a file, column, label or row of the data
+        ├── ModelError         a model or tokenizer that cannot be loaded or does not fit the task
+        ├── PartError          a part that the model does not have
+        ├── MethodError        a method that cannot sit where a rule puts it
+        └── RunError           a run folder that is missing, taken, incomplete or damaged
+
+Each carries what was found, what was expected and the mend; `str(error)` prints all of it. The command line prints
+that text and no traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HybridtuneError(Exception):
+    """Base of all errors of hybridtune.
+
+    Args:
+        problem: one sentence that names the file, line, key or option.
+        found: what was there.
+        expected: what should have been there.
+        mend: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *, found: object = None, expected: object = None, mend: str | None = None) -> None:
+        self.problem, self.found, self.expected, self.mend = problem, found, expected, mend
+        lines = [problem]
+        for word, value in (("found", found), ("expected", expected), ("mend", mend)):
+            if value is not None:
+                lines.append(f"  {word + ':':<9} {value}")
+        super().__init__("\n".join(lines))
+
+
+class TrainingError(HybridtuneError):
+    """The training itself failed."""
+
+
+class UserError(HybridtuneError):
+    """What was asked for cannot be done as it was written."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A key, value, strategy, stage or rule of the recipe."""
+
+
+class DataError(UserError):
+    """A file, column, label or row of the data."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer that cannot be loaded, or does not fit the task."""
+
+
+class PartError(UserError):
+    """A part that the model does not have."""
+
+
+class MethodError(UserError):
+    """A method that cannot sit where a rule puts it."""
+
+
+class RunError(UserError):
+    """A run folder that is missing, taken, incomplete or damaged."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Returns the known word that `word` was probably meant to be, or None."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def unknown(kind: str, word: str, known: Iterable[str]) -> str:
+    """Returns the sentence for an unknown word, with the nearest known one where there is one."""
+    guess = nearest(word, known)
+    return f'unknown {kind} "{word}"' + (f', did you mean "{guess}"?' if guess else "")

@@ -1,0 +1,145 @@
+"""Reads the test set once, after the choice was written, and scores everything that is shown in that one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from . import checkpoint, predict
+from . import model as models
+from .errors import RunError
+from .files import write_text
+from .select import Decision
+from .tasks import Stats, Task
+from .tasks.metrics import mean_and_spread
+from .trial import Setting, Trial
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's metrics on labelled rows, with all that the report says of them."""
+
+    stats: Stats
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def score(predictor: predict.Predictor, rows: Dataset) -> Scores:
+    """Predicts labelled rows and scores them.
+
+    Args:
+        predictor: the tuned model.
+        rows: with the task's columns, label among them.
+    """
+    task = predictor.task
+    encoded = task.encode(rows, predictor.tokenizer, predictor.limit)
+    outputs = predict.logits(predictor.model, encoded, predictor.tokenizer, predictor.batch_size)
+    stats = task.row_stats(outputs, np.asarray(encoded["labels"]))
+    intervals = {name: interval.as_dict() for name, interval in task.intervals(stats).items()}
+    return Scores(stats, intervals, task.decode(outputs))
+
+
+def evaluate(
+    setting: Setting, decision: Decision, train: Dataset, test: Dataset, with_baselines: bool
+) -> tuple[dict[str, Any], Scores]:
+    """Scores every trial and the baselines on the test rows.
+
+    Args:
+        setting: what the trials share.
+        decision: which of them was chosen.
+        train: rows that the baselines learn from.
+        test: rows that nothing has been trained or chosen on.
+        with_baselines: whether baselines are made.
+
+    Returns:
+        What evaluation.json says, and the chosen model's scores.
+    """
+    scores = {(t.strategy, t.seed): score(_predictor(setting, t), test) for c in decision.candidates for t in c.trials}
+    best = scores[decision.trial.strategy, decision.trial.seed]
+    candidates = []
+    for candidate in decision.candidates:
+        shown = candidate.best(decision.metric, decision.direction)
+        entry = candidate.as_dict(decision.metric)
+        runs = [scores[t.strategy, t.seed].metrics[decision.metric]["value"] for t in candidate.trials]
+        candidates.append(
+            {
+                "strategy": candidate.strategy,
+                "chosen": candidate is decision.chosen,
+                "metrics": scores[shown.strategy, shown.seed].metrics,
+                **{key: entry[key] for key in ("trainable", "total", "seconds", "peak_bytes")},
+                "seeds": [{"seed": t.seed, "metrics": scores[t.strategy, t.seed].metrics} for t in candidate.trials],
+                "mean": {decision.metric: mean_and_spread(runs)["mean"]},
+                "spread": {decision.metric: mean_and_spread(runs)["std"]},
+            }
+        )
+    evaluation = {
+        "metrics": best.metrics,
+        "rows": len(test),
+        "model": "model",
+        "goal": {"metric": decision.metric, "direction": decision.direction},
+        "candidates": candidates,
+        "baselines": _baselines(setting, train, test) if with_baselines else [],
+        **setting.task.errors(best.stats, test, best.predictions),
+        "warnings": sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
+    }
+    return evaluation, best
+
+
+def write_predictions(path: Path, rows: Dataset, scores: Scores) -> None:
+    """Writes predictions.jsonl: for each test row its line, its gold label, what was predicted, and its statistics."""
+    write_text(path, "".join(_lines(rows, scores)))
+
+
+def _lines(rows: Dataset, scores: Scores) -> list[str]:
+    import json
+
+    lines = []
+    for at, prediction in enumerate(scores.predictions):
+        stats = {name: values[at].tolist() for name, values in scores.stats.items()}
+        line = {"row": rows["_row"][at], "gold": rows["label"][at], **prediction, "stats": stats}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines
+
+
+def _predictor(setting: Setting, trial: Trial) -> predict.Predictor:
+    loaded, _, _ = checkpoint.load(trial.stages[-1])
+    setting.task.prepare(loaded.model, loaded.tokenizer)
+    size = setting.recipe.per_device_eval_batch_size or 32
+    predictor = predict.Predictor(loaded.model, loaded.tokenizer, setting.task, setting.limit, size)
+    return predictor.to(models.pick_device(setting.recipe.device))
+
+
+def _baselines(setting: Setting, train: Dataset, test: Dataset) -> list[dict[str, Any]]:
+    task: Task = setting.task
+    loaded = setting.load()
+    loaded.model.to(models.pick_device(setting.recipe.device))  # type: ignore[arg-type]
+    frozen = [
+        predict.features(loaded.model, task.encode(rows, loaded.tokenizer, setting.limit), loaded.tokenizer, 32)
+        for rows in (train, test)
+    ]
+    found = task.baselines(train, test, (frozen[0], frozen[1]))
+    return [
+        {
+            "name": name,
+            "detail": detail,
+            "metrics": {metric: i.as_dict() for metric, i in task.intervals(stats).items()},
+        }
+        for name, detail, stats in found
+    ]
+
+
+def read_evaluation(run: Path) -> dict[str, Any]:
+    """evaluation.json of a finished run.
+
+    Raises:
+        RunError: the run has none.
+    """
+    from .files import read_json
+
+    if not (run / "evaluation.json").is_file():
+        raise RunError(f"{run}: has no evaluation.json", mend="give a run that is finished")
+    return dict(read_json(run / "evaluation.json"))

@@ -1,0 +1,182 @@
+"""Hands over what the user ships, as one of three kinds.
+
+    checkpoint   a plain Hugging Face folder; everything that was added is merged in
+    adapter      a plain PEFT folder that names its base; where only LoRA and new weights were trained
+    delta        hybridtune's own: what was trained or changed, on top of the base it names
+
+Each holds `hybridtune.json` (kind, task, base) and a README.md that says how to load it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.torch import save_file
+
+from . import __version__, checkpoint, methods, predict
+from .checkpoint import Base
+from .compose import Assembly
+from .errors import RunError
+from .files import new_folder, write_json, write_text
+from .model import PACKAGED, Loaded
+from .predict import ABOUT
+from .tasks import Task
+
+Kind = Literal["checkpoint", "adapter", "delta"]
+KINDS: tuple[Kind, ...] = ("checkpoint", "adapter", "delta")
+_FIXED_KEYS = {"r", "lora_alpha"}
+
+
+def kinds(assembly: Assembly) -> list[Kind]:
+    """The kinds that this model can be handed over as, the best first."""
+    found: list[Kind] = []
+    used = {attachment.method for attachment in assembly.attachments}
+    only_new = assembly.changed == set(assembly.anatomy.new)
+    if used == {"lora"} and only_new:
+        found.append("adapter")
+    if all(methods.load(name).MERGES is True for name in used):
+        found.append("checkpoint")
+    return [*found, "delta"]
+
+
+def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, str]:
+    """Writes the model of a finished stage.
+
+    Args:
+        folder: where to; replaced as a whole.
+        stage: the stage's folder, with its delta.
+        kind: one of `kinds`; None takes the first.
+
+    Returns:
+        The kind, and a snippet of Python that loads the model.
+
+    Raises:
+        RunError: the model cannot be handed over as that kind.
+    """
+    loaded, assembly, manifest = checkpoint.load(stage)
+    possible = kinds(assembly)
+    if kind is not None and kind not in possible:
+        raise RunError(f"kind {kind}: this model cannot be handed over so", expected=" or ".join(possible))
+    kind = kind or possible[0]
+    base = Base(**manifest["base"])
+    from .tasks import load as load_task
+
+    task = load_task(manifest["task"]["name"]).from_state(manifest["task"])
+    snippet = _snippet(kind, base, task)
+    with new_folder(folder) as home:
+        if kind == "delta":
+            checkpoint.write(
+                home, assembly, base, **{key: manifest[key] for key in ("task", "max_length", "strategy", "stage")}
+            )
+            loaded.model.config.save_pretrained(home)
+        elif kind == "adapter":
+            _write_peft(home, loaded, assembly, base)
+        else:
+            assembly.merge()
+            loaded.model.save_pretrained(home)
+        task.prepare(loaded.model, loaded.tokenizer)
+        loaded.tokenizer.save_pretrained(home)
+        about = {
+            "hybridtune": __version__,
+            "kind": kind,
+            "base": vars(base),
+            "task": manifest["task"],
+            "max_length": manifest["max_length"],
+        }
+        write_json(home / ABOUT, about)
+        write_text(home / "README.md", _readme(kind, base, manifest, snippet))
+    return kind, snippet
+
+
+def last_stage(run: Path) -> Path:
+    """The folder of a run's last stage, whose delta is the tuned model.
+
+    Raises:
+        RunError: the run has none.
+    """
+    stages = [folder for folder in (run / "stages").glob("*-*") if (folder / checkpoint.MANIFEST).is_file()]
+    if not stages:
+        raise RunError(f"{run}: has no finished stage", mend="give the folder of a finished run")
+    return max(stages, key=lambda folder: int(folder.name.partition("-")[0]))
+
+
+def difference(stage: Path, folder: Path, texts: list[Any]) -> float:
+    """Largest difference of logits between a stage's model and what was handed over, on some rows."""
+    loaded, _, manifest = checkpoint.load(stage)
+    other = predict.load(folder, "cpu")
+    encoded = other.encode(other.task.rows_from(texts))
+    other.task.prepare(loaded.model, loaded.tokenizer)
+    ours = predict.logits(loaded.model, encoded, loaded.tokenizer, 16)
+    theirs = predict.logits(other.model, encoded, other.tokenizer, 16)
+    return float(np.abs(ours - theirs).max())
+
+
+def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> None:
+    """One LoraConfig for all rules, with patterns where ranks differ, so that plain PEFT loads all of it."""
+    from peft import LoraConfig
+
+    name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
+    first = assembly.attachments[0].options
+    ranks, alphas, targets = {}, {}, []
+    for attachment in assembly.attachments:
+        options = attachment.options
+        for path in dict.fromkeys(parameter.split(".lora_")[0] for parameter in attachment.parameters):
+            targets.append(path)
+            ranks[path], alphas[path] = options["r"], options["lora_alpha"] or 2 * options["r"]
+    rank, alpha = first["r"], first["lora_alpha"] or 2 * first["r"]
+    heads = sorted({parameter.rsplit(".", 1)[0] for parameter in assembly.anatomy.new})
+    shared = {key: value for key, value in first.items() if key not in _FIXED_KEYS}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        modules_to_save=heads or None,
+        rank_pattern={path: r for path, r in ranks.items() if r != rank},
+        alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
+        base_model_name_or_path=name,
+        revision=base.revision,
+        inference_mode=True,
+        task_type="SEQ_CLS" if base.auto_class.endswith("SequenceClassification") else None,
+        **shared,
+    )
+    config.save_pretrained(str(home))
+    tensors = {
+        f"base_model.model.{n.replace('.default.', '.')}": assembly.parameter(n).detach().cpu().contiguous()
+        for n in assembly.delta
+    }
+    save_file(tensors, str(home / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _snippet(kind: Kind, base: Base, task: Task) -> str:
+    if kind == "checkpoint":
+        return (
+            f"from transformers import AutoTokenizer, {base.auto_class}\n\n"
+            f'model = {base.auto_class}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        )
+    if kind == "adapter":
+        name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
+        return (
+            f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {base.auto_class}\n\n"
+            f'base = {base.auto_class}.from_pretrained("{name}", num_labels={base.config.get("num_labels", 2)})\n'
+            'model = PeftModel.from_pretrained(base, "FOLDER").eval()\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        )
+    example = {task.inputs[0]: "..."}
+    return f'import hybridtune\n\nrun = hybridtune.load("FOLDER")\nprint(run.predict([{example}]))\n'
+
+
+def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str) -> str:
+    says = {
+        "checkpoint": "a plain Hugging Face checkpoint; nothing but transformers is needed to load it",
+        "adapter": f"a PEFT adapter; it needs its base model, {base.name} (fingerprint {base.fingerprint}), and the peft library",
+        "delta": f"a delta on {base.name} (fingerprint {base.fingerprint}); it needs that model and the hybridtune library",
+    }
+    stages = "\n".join(
+        f"- {stage['name']}: " + "; ".join(f"`{r['part']}: {r['method']}`" for r in stage["rules"])
+        for stage in manifest["strategy"]["stages"]
+    )
+    return (
+        f"# {base.name}, tuned for {manifest['task']['name']}\n\nThis folder is {says[kind]}.\n\n"
+        f"```python\n{snippet}```\n\nTuned with hybridtune {__version__}, strategy {manifest['strategy']['name']}:\n\n{stages}\n"
+    )

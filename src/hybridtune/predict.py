@@ -1,0 +1,154 @@
+"""Runs a tuned model over rows: sorted by length, results back in the rows' order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import checkpoint, tasks
+from . import model as models
+from .checkpoint import Base
+from .data import read as reading
+from .errors import DataError, RunError
+from .files import read_json
+from .tasks import Task
+
+ABOUT = "hybridtune.json"
+
+
+@dataclass
+class Predictor:
+    """A tuned model with all that it needs to read rows and to say what they are.
+
+    Attributes:
+        model: on its device, in evaluation mode.
+        tokenizer: its tokenizer.
+        task: knows columns and labels.
+        limit: rows are cut after that many tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    limit: int
+    batch_size: int = 32
+
+    def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+        """Predicts rows given as dicts of the task's columns, or as bare strings where one text is all.
+
+        Raises:
+            DataError: a row lacks a column.
+        """
+        if not rows:
+            return []
+        encoded = self.encode(self.task.rows_from(rows))
+        return self.task.decode(logits(self.model, encoded, self.tokenizer, self.batch_size))
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> Dataset:
+        """Token ids of rows that need no labels; columns may have any of the names that training data may have."""
+        table = Dataset.from_list([dict(row) for row in rows])
+        table = table.remove_columns([name for name in ("label", "_row") if name in table.column_names])
+        wanted = {name: known for name, known in self.task.columns.items() if name in self.task.inputs}
+        required = [name for name in self.task.required if name in self.task.inputs]
+        table = reading.map_columns(table, "input", "the rows", wanted, {}, required)
+        for at, value in enumerate(table[required[0]]):
+            if value is None:
+                raise DataError(f"row {at + 1}: {required[0]} is missing")
+        return self.task.encode(table, self.tokenizer, self.limit)
+
+    def to(self, device: torch.device | str) -> Predictor:
+        """Moves the model."""
+        self.model.to(device)  # type: ignore[arg-type]
+        return self
+
+
+def logits(model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> np.ndarray:
+    """The model's logits, float32 [rows, ...], in the rows' order."""
+    return _run(model, encoded, tokenizer, batch_size, lambda batch: model(**batch).logits)
+
+
+def features(
+    model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> np.ndarray:
+    """Mean of the last hidden states over a row's tokens, float32 [rows, width]."""
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+    def pooled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = body(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    return _run(model, encoded, tokenizer, batch_size, pooled)
+
+
+def _run(
+    model: PreTrainedModel,
+    encoded: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+) -> np.ndarray:
+    device, collate = next(model.parameters()).device, DataCollatorWithPadding(tokenizer)
+    model.eval()
+    results: dict[int, np.ndarray] = {}
+    with torch.inference_mode():
+        for numbers, rows in _by_length(encoded, batch_size):
+            batch = {key: value.to(device) for key, value in collate(rows).items()}
+            for number, row in zip(numbers, compute(batch).float().cpu().numpy(), strict=True):
+                results[number] = row
+    return np.stack([results[number] for number in range(len(encoded))])
+
+
+def _by_length(encoded: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    columns = [name for name in encoded.column_names if name not in ("length", "unknown", "labels")]
+    rows = encoded.select_columns(columns).to_list()
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        yield numbers, [rows[number] for number in numbers]
+
+
+def load(folder: Path, device: str = "auto") -> Predictor:
+    """Loads what a tuning has made: a run, its `model/` folder, a delta folder, a PEFT folder or a plain checkpoint.
+
+    Raises:
+        RunError: the folder is none of these.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder}: there is no such folder", mend="`hybridtune runs` lists the runs")
+    home = folder / "model" if (folder / "model" / ABOUT).is_file() else folder
+    if not (home / ABOUT).is_file():
+        unfinished = (folder / "recipe.yaml").is_file()
+        raise RunError(
+            f"{folder}: "
+            + ("the run is not finished, it has no model/ yet" if unfinished else "is not a run of hybridtune"),
+            expected=f"a folder with model/{ABOUT} or {ABOUT} in it",
+            mend="finish it with --resume" if unfinished else None,
+        )
+    about = read_json(home / ABOUT)
+    task = tasks.load(about["task"]["name"]).from_state(about["task"])
+    if (home / checkpoint.MANIFEST).is_file():
+        model: PreTrainedModel = checkpoint.load(home)[0].model
+    elif (home / "adapter_config.json").is_file():
+        model = _with_peft(home, Base(**about["base"]))
+    else:
+        model = models.load(str(home), task.auto_class, **task.model_config()).model
+    tokenizer = models.load_tokenizer(str(home))
+    task.prepare(model, tokenizer)
+    return Predictor(model, tokenizer, task, about["max_length"]).to(models.pick_device(device))
+
+
+def _with_peft(home: Path, base: Base) -> PreTrainedModel:
+    """The base that an adapter of PEFT's was trained on, with the adapter on it."""
+    from peft import PeftModel
+
+    loaded = checkpoint.load_base(base, tokenizer_from=str(home))
+    checkpoint.check_fingerprint(loaded, base, home)
+    return PeftModel.from_pretrained(loaded.model, str(home))  # type: ignore[return-value]

@@ -1,0 +1,154 @@
+"""Steps 2 and 3: from a recipe to rows that are checked and cut into tokens, and strategies with every value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import EvalPrediction, TrainerCallback
+
+from . import console as consoles
+from . import model as models
+from . import trial
+from .anatomy import Anatomy
+from .console import Console
+from .data import check, read, split
+from .errors import RecipeError
+from .recipe import Recipe, Strategy
+from .tasks import Task
+from .trial import Setting
+
+
+def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """Reads, maps, splits and checks the rows. Test rows are compared with train's here; no model sees them yet.
+
+    Returns:
+        The rows of every split, and what data.json says of them.
+
+    Raises:
+        DataError: a file, column, label or row is not what it has to be.
+    """
+    if recipe.data.train is None:
+        raise RecipeError("data: train is missing", mend="add data: {train: ...} or --train FILE")
+    sources, rows = {}, {}
+    for name in ("train", "validation", "test"):
+        source = getattr(recipe.data, name)
+        if source is None:
+            continue
+        sources[name] = read.describe(source)
+        table = read.read(source, name, max_rows=recipe.max_rows)
+        rows[name] = read.map_columns(table, name, sources[name], task.columns, recipe.data.columns, task.required)
+    seed = recipe.all_seeds()[0]
+    for name, fraction in (("test", 0.2), ("validation", 0.1)):
+        if name not in rows:
+            rows["train"], rows[name] = split.hold_out(
+                rows["train"], fraction, seed, multi_label=bool(recipe.multi_label)
+            )
+            sources[name] = f"{fraction:.0%} of {sources['train']}, held out with seed {seed}"
+            console.line(
+                f"  no {name} rows given: {fraction:.0%} of train held out ({len(rows[name])} rows, stratified, seed {seed})"
+            )
+    read_counts = {name: len(table) for name, table in rows.items()}
+    rows, findings = task.check(rows, sources)
+    data = {
+        "task": recipe.task,
+        "splits": {
+            name: {"source": sources[name], "rows_read": read_counts[name], "rows": len(rows[name])} for name in rows
+        },
+        **task.profile(rows),
+        "findings": [finding.as_dict() for finding in findings],
+    }
+    console.line("  " + ", ".join(f"{name} {len(rows[name]):,} rows" for name in ("train", "validation", "test")))
+    for finding in findings:
+        say = console.warn if finding.level == "warning" else lambda text: console.line(f"  - {text}")
+        say(f"{finding.split}: {finding.count} x {finding.kind}: {finding.did}")
+    return rows, data
+
+
+def setting_of(
+    recipe: Recipe,
+    task: Task,
+    metric: str,
+    rows: dict[str, Dataset],
+    console: Console,
+    callbacks: Sequence[TrainerCallback] = (),
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+) -> tuple[Setting, dict[str, Any]]:
+    """Loads the model once, to cut the rows into tokens and to take its fingerprint.
+
+    Returns:
+        What all trials share, and what data.json says of the rows' lengths.
+
+    Raises:
+        ModelError: the model cannot be loaded or cannot do the task.
+    """
+    loaded = models.load(
+        recipe.model,
+        task.auto_class,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        **task.model_config(),
+    )
+    task.prepare(loaded.model, loaded.tokenizer)
+    limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length)
+    encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
+    lengths = {name: check.length_summary(np.asarray(table["length"]), limit) for name, table in encoded.items()}
+    unknown = {name: sum(table["unknown"]) / max(sum(table["length"]), 1) for name, table in encoded.items()}
+    size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
+    depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in Anatomy(loaded.model).depth.items())
+    console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")
+    if loaded.new:
+        console.line(f"  new weights, not in the checkpoint: {', '.join(loaded.new)}")
+    for name, summary in lengths.items():
+        if summary["truncated"]:
+            console.warn(f"{name}: {summary['truncated']} rows are longer than {limit} tokens and are cut there")
+    for name, share in unknown.items():
+        if share > 0.05:
+            console.warn(
+                f"{name}: {share:.0%} of the tokens are unknown to this tokenizer: choose a model for this language"
+            )
+    shared = Setting(
+        recipe,
+        task,
+        metric,
+        encoded["train"],
+        encoded["validation"],
+        limit,
+        models.fingerprint(loaded.model, loaded.new),
+        callbacks,
+        compute_metrics,
+    )
+    return shared, {"lengths": lengths, "unknown_tokens": unknown}
+
+
+def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[str]]:
+    """Resolves every candidate on the real model and tries its rules on it, so that no rule fails after hours.
+
+    Returns:
+        The strategies with every value, and the dotted paths of those values that are defaults.
+
+    Raises:
+        PartError, MethodError, RecipeError: a rule cannot be kept on this model.
+    """
+    resolved, defaults = [], []
+    for number, strategy in enumerate(setting.recipe.strategies()):
+        loaded = setting.load()
+        full, chosen = trial.resolved(setting, strategy, loaded)
+        trial.rehearse(full, loaded)
+        resolved.append(full)
+        defaults += [f"strategy.{number}.{path}" for path in chosen]
+        console.line(f"  {full.name}" + (f": {full.title}" if full.title else ""))
+        for at, stage in enumerate(full.stages):
+            given = {path.rpartition(f"stages.{at}.rules.")[2] for path in chosen}
+            length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.num_train_epochs:g} epochs"
+            console.line(f"    {at + 1}. {stage.name}, {length}, batch {stage.per_device_train_batch_size}", "dim")
+            for n, rule in enumerate(stage.rules):
+                rate = (
+                    f", learning rate {rule.learning_rate:g}" + (" (default)" if f"{n}.learning_rate" in given else "")
+                    if rule.learning_rate
+                    else ""
+                )
+                console.line(f"       {rule}{rate}", "dim")
+    return resolved, defaults

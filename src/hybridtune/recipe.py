@@ -1,0 +1,416 @@
+"""The recipe: what the user asks for. One YAML file = one pydantic object = the same keyword arguments in Python.
+
+Keys that TrainingArguments has keep its names and meanings. A key that is not given is None here; `compose.py` fills
+it from the defaults of the method, so that the resolved recipe can say which values were chosen and which were given.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError, nearest, unknown
+
+
+class Keys(BaseModel):
+    """A group of keys; unknown ones are refused with the nearest known one."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), coerce_numbers_to_str=True
+    )
+
+
+class Rule(Keys):
+    """`part: method(options)`: one way to tune one part of the model, with its own learning rate and weight decay.
+
+    Every further key is an option of the method (`r`, `bottleneck`, ...) and is checked by it.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    part: str
+    method: str
+    learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options, as written."""
+        return dict(self.model_extra or {})
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.part}: {self.method}" + (f"({options})" if options else "")
+
+
+class Training(Keys):
+    """How a stage is trained. In the recipe: for every stage; in a stage: for that stage alone.
+
+    The names are those of `transformers.TrainingArguments`, `early_stopping_patience` and
+    `early_stopping_threshold` those of `transformers.EarlyStoppingCallback`.
+    """
+
+    learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+    num_train_epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    per_device_train_batch_size: int | None = Field(None, gt=0)
+    gradient_accumulation_steps: int | None = Field(None, gt=0)
+    lr_scheduler_type: str | None = None
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    warmup_steps: float | None = Field(None, ge=0)
+    optim: str | None = None
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    adam_epsilon: float | None = None
+    max_grad_norm: float | None = Field(None, ge=0)
+    early_stopping_patience: int | None = Field(None, gt=0)
+    early_stopping_threshold: float | None = Field(None, ge=0)
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    eval_steps: float | None = None
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = None
+    save_steps: float | None = None
+    save_total_limit: int | None = Field(None, gt=0)
+    load_best_model_at_end: bool | None = None
+    logging_steps: float | None = None
+
+
+class Stage(Training):
+    """A list of rules that are trained together."""
+
+    name: str | None = None
+    rules: list[Rule] = Field(min_length=1)
+    previous: Literal["keep", "merge", "drop"] = "keep"
+
+
+class Strategy(Keys):
+    """A named list of stages."""
+
+    name: str
+    title: str | None = None
+    when: str | None = None
+    source: str | None = None
+    stages: list[Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _name_the_stages(self) -> Strategy:
+        names: set[str] = set()
+        for number, stage in enumerate(self.stages, 1):
+            if stage.name is None:
+                stage.name = "-".join(dict.fromkeys(rule.method for rule in stage.rules))
+            if stage.name in names:
+                stage.name = f"{stage.name}-{number}"
+            names.add(stage.name)
+        return self
+
+
+class Data(Keys):
+    """Where the labelled rows are, and what their columns are called.
+
+    A split is a path, or in Python also a `datasets.Dataset`, a pandas frame or a list of dicts.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+class Goal(Keys):
+    """What to raise or lower. The metric is one of the task's."""
+
+    maximize: str | None = None
+    minimize: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Goal:
+        if self.maximize and self.minimize:
+            raise ValueError("give one of maximize and minimize, not both")
+        return self
+
+    @property
+    def metric(self) -> str | None:
+        """The metric's name, or None for the task's own."""
+        return self.maximize or self.minimize
+
+
+class Recipe(Training):
+    """All that a tuning needs to know."""
+
+    model: str
+    task: str
+    data: Data
+    revision: str | None = None
+    goal: Goal = Field(default_factory=Goal)
+    strategy: Any = "lora"
+    output: str = "runs/run"
+    seed: int = 0
+    seeds: list[int] | None = Field(None, min_length=1)
+    max_rows: int | None = Field(None, gt=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    max_length: int | None = Field(None, gt=0)
+    template: str | None = None
+    multi_label: bool | None = None
+    class_weight: Literal["balanced"] | dict[str, float] | None = None
+    trust_remote_code: bool = False
+    per_device_eval_batch_size: int | None = Field(None, gt=0)
+    bf16: bool | None = None
+    fp16: bool | None = None
+    report_to: str | list[str] = "none"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    hub_token: str | None = Field(None, exclude=True)
+    dataloader_num_workers: int | None = Field(None, ge=0)
+    disable_tqdm: bool | None = None
+    baselines: bool = True
+    defaults: list[str] = Field(default_factory=list, description="written by hybridtune; not read")
+    include_texts: bool = True
+
+    @model_validator(mode="after")
+    def _strategies_exist(self) -> Recipe:
+        self.strategies()
+        return self
+
+    @classmethod
+    def make(cls, source: str | Path | dict[str, Any] | Recipe | None = None, /, **keys: Any) -> Recipe:
+        """Builds a recipe from any of the three doors.
+
+        Args:
+            source: a YAML file, a dict, a recipe, or None.
+            **keys: keys that add to or replace those of `source`. `train`, `validation`, `test` and `columns` may be
+                given without their `data:`.
+
+        Raises:
+            RecipeError: a key is unknown, missing or has a value it cannot have.
+        """
+        if isinstance(source, Recipe):
+            asked: dict[str, Any] = source.model_dump(exclude_unset=True)
+            asked["data"] = {name: getattr(source.data, name) for name in source.data.model_fields_set}
+            where = "the recipe"
+        elif isinstance(source, dict):
+            asked, where = dict(source), "the recipe"
+        elif source is not None:
+            asked, where = read_recipe(Path(source)), str(source)
+        else:
+            asked, where = {}, "the recipe"
+        data = asked.get("data")
+        if data is not None and not isinstance(data, dict):
+            raise RecipeError(
+                f"{where}: data is not a mapping", found=data, expected="train, validation, test, columns"
+            )
+        data = dict(data or {})
+        for name in Data.model_fields:
+            if name in keys:
+                data[name] = keys.pop(name)
+        asked.update({key: value for key, value in keys.items()})
+        asked["data"] = data
+        try:
+            return cls(**asked)
+        except ValidationError as error:
+            raise _as_recipe_error(error, where) from None
+
+    def strategies(self) -> list[Strategy]:
+        """Returns the candidates: one strategy, or several that are raced.
+
+        Raises:
+            RecipeError: a strategy is unknown or cannot be read.
+        """
+        asked = self.strategy
+        if (
+            isinstance(asked, list)
+            and asked
+            and all(isinstance(item, (dict, Stage)) and "rules" in _keys(item) for item in asked)
+        ):
+            return [_strategy({"name": "custom", "stages": asked})]
+        found = [_strategy(item) for item in (asked if isinstance(asked, list) else [asked])]
+        if not found:
+            raise RecipeError("strategy: the list is empty", mend="name at least one strategy")
+        names = [strategy.name for strategy in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise RecipeError(
+                    f'strategy: "{name}" is listed more than once', mend="give each candidate its own name"
+                )
+        return found
+
+    def all_seeds(self) -> list[int]:
+        """The seeds that are run: `seeds`, or the one `seed`."""
+        return list(self.seeds) if self.seeds else [self.seed]
+
+
+def built_in_strategies() -> list[str]:
+    """Names of the strategies that the package brings: one YAML file each."""
+    return sorted(
+        file.name[:-5]
+        for file in resources.files(__package__).joinpath("strategies").iterdir()
+        if file.name.endswith(".yaml")
+    )
+
+
+def load_strategy(name: str) -> Strategy:
+    """Reads a strategy by its name, or from a YAML file.
+
+    Raises:
+        RecipeError: there is no such strategy.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return _strategy({"name": Path(name).stem, **read_recipe(Path(name))})
+    if name not in built_in_strategies():
+        raise RecipeError(
+            f"strategy: {unknown('strategy', name, built_in_strategies())}",
+            expected=", ".join(built_in_strategies()) + ", a YAML file, or the stages themselves",
+            mend="`hybridtune strategies` lists them",
+        )
+    text = resources.files(__package__).joinpath("strategies", f"{name}.yaml").read_text("utf-8")
+    return Strategy(name=name, **yaml.safe_load(text))
+
+
+def with_values(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Applies `--set key.path=value` to a recipe's dict. Values are YAML.
+
+    Raises:
+        RecipeError: an assignment has no `=`, or its path leads nowhere.
+    """
+    tree = json.loads(json.dumps(tree))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise RecipeError(f'--set "{assignment}" has no value', expected="key.path=value")
+        steps = path.strip().split(".")
+        if steps[0] == "stages":
+            steps[0] = "strategy"
+            if isinstance(tree.get("strategy"), str):
+                chosen = load_strategy(tree["strategy"])
+                tree["strategy"] = {"name": chosen.name, **chosen.model_dump(exclude_unset=True, exclude={"name"})}
+            if isinstance(tree.get("strategy"), dict):
+                steps.insert(1, "stages")
+        here: Any = tree
+        for step in steps[:-1]:
+            here = _descend(here, step, assignment)
+        _assign(here, steps[-1], _yaml_value(text), assignment)
+    return tree
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-4 as a string
+            return float(value) if any(c in value for c in ".eE") else value
+        except ValueError:
+            return value
+    return value
+
+
+def _descend(here: Any, step: str, assignment: str) -> Any:
+    if isinstance(here, list):
+        return here[_index(here, step, assignment)]
+    if isinstance(here, dict):
+        return here.setdefault(step, {})
+    raise RecipeError(f'--set "{assignment}": "{step}" leads nowhere', found=here)
+
+
+def _assign(here: Any, step: str, value: Any, assignment: str) -> None:
+    if isinstance(here, list):
+        here[_index(here, step, assignment)] = value
+    elif isinstance(here, dict):
+        here[step] = value
+    else:
+        raise RecipeError(f'--set "{assignment}": "{step}" leads nowhere', found=here)
+
+
+def _index(here: list[Any], step: str, assignment: str) -> int:
+    if not step.lstrip("-").isdigit() or not -len(here) <= int(step) < len(here):
+        raise RecipeError(f'--set "{assignment}": no entry "{step}"', expected=f"a number from 0 to {len(here) - 1}")
+    return int(step)
+
+
+def _keys(item: dict[str, Any] | Stage) -> Any:
+    return item if isinstance(item, dict) else type(item).model_fields
+
+
+def _strategy(asked: Any) -> Strategy:
+    if isinstance(asked, Strategy):
+        return asked
+    if isinstance(asked, str):
+        return load_strategy(asked)
+    if not isinstance(asked, dict):
+        raise RecipeError("strategy: cannot be read", found=repr(asked), expected="a name, stages, or a list of either")
+    if "rules" in asked:
+        asked = {"name": asked.get("name") or "custom", "stages": [asked]}
+    try:
+        return Strategy(**{"name": "custom", **asked})
+    except ValidationError as error:
+        raise _as_recipe_error(error, f'strategy "{asked.get("name", "custom")}"') from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of keys.
+
+    Raises:
+        RecipeError: there is no such file, or it is not YAML, or holds no keys.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise RecipeError(
+            f"{path}: there is no such file",
+            mend=f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file",
+        )
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not readable YAML", found=" ".join(str(error).split())) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: holds no keys", found=type(tree).__name__, expected="model:, task:, data: ...")
+    return _numbers(tree)
+
+
+def _numbers(tree: Any) -> Any:
+    """Reads 1e-4 as a number in rules' options too, where no type says so (YAML 1.1 leaves it a string)."""
+    if isinstance(tree, dict):
+        return {key: _numbers(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_numbers(value) for value in tree]
+    if isinstance(tree, str) and "e" in tree.lower() and tree[:1].isdigit():
+        try:
+            return float(tree)
+        except ValueError:
+            return tree
+    return tree
+
+
+def _as_recipe_error(error: ValidationError, where: str) -> RecipeError:
+    first = error.errors()[0]
+    path = ".".join(str(step) for step in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"])
+        guess = nearest(str(first["loc"][-1]), known)
+        return RecipeError(
+            f"{where}: unknown key {path}" + (f", did you mean {guess}?" if guess else ""),
+            expected=None if guess else ", ".join(known),
+        )
+    if first["type"] == "missing":
+        return RecipeError(
+            f"{where}: {path} is missing", mend=f"add {path}: ... or --{path.split('.')[-1].replace('_', '-')}"
+        )
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, Exception):
+        return RecipeError(f"{where}: {path + ': ' if path else ''}{cause}")
+    return RecipeError(f"{where}: {path} cannot be what it is", found=repr(first.get("input")), expected=first["msg"])
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    steps = [step for step in location[:-1] if isinstance(step, str)]
+    model: type[BaseModel] = {"data": Data, "goal": Goal, "stages": Stage, "rules": Rule}.get(
+        steps[-1] if steps else "", Recipe
+    )
+    return sorted(model.model_fields)

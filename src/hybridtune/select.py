@@ -1,0 +1,118 @@
+"""Chooses a strategy by evidence: every candidate is trained and scored on validation data, the best one is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import trial
+from .recipe import Strategy
+from .tasks.metrics import mean_and_spread
+from .trial import Setting, Trial
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One strategy with the trials of all its seeds."""
+
+    strategy: str
+    trials: tuple[Trial, ...]
+
+    def validation(self) -> dict[str, float]:
+        """Mean over the seeds of every metric on validation data."""
+        return {
+            key: mean_and_spread([t.validation[key] for t in self.trials])["mean"] for key in self.trials[0].validation
+        }
+
+    def best(self, metric: str, direction: str) -> Trial:
+        """The seed whose model is taken: the best on validation data."""
+        return (max if direction == "maximize" else min)(self.trials, key=lambda t: t.validation[metric])
+
+    def as_dict(self, metric: str) -> dict[str, Any]:
+        """For decision.json."""
+        peaks = [t.peak_bytes for t in self.trials if t.peak_bytes is not None]
+        return {
+            "strategy": self.strategy,
+            "validation": self.validation(),
+            "seconds": mean_and_spread([t.seconds for t in self.trials])["mean"],
+            "peak_bytes": max(peaks) if peaks else None,
+            "trainable": self.trials[0].trainable,
+            "total": self.trials[0].total,
+            "seeds": [{"seed": t.seed, "validation": t.validation, "seconds": t.seconds} for t in self.trials],
+            "spread": {metric: mean_and_spread([t.validation[metric] for t in self.trials])["std"]},
+        }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which candidate was taken, and why."""
+
+    chosen: Candidate
+    trial: Trial
+    candidates: tuple[Candidate, ...]
+    metric: str
+    direction: str
+    reasons: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """decision.json."""
+        return {
+            "chosen": self.chosen.strategy,
+            "seed": self.trial.seed,
+            "goal": {"metric": self.metric, "direction": self.direction},
+            "candidates": [candidate.as_dict(self.metric) for candidate in self.candidates],
+            "reasons": list(self.reasons),
+        }
+
+
+def race(
+    setting: Setting,
+    strategies: Sequence[Strategy],
+    seeds: Sequence[int],
+    folder: Path,
+    begin: Callable[[str, int], None] = lambda strategy, seed: None,
+    end: Callable[[Trial], None] = lambda trial: None,
+) -> Decision:
+    """Runs every candidate with every seed and decides by the goal's metric on validation data.
+
+    Args:
+        setting: what all trials share.
+        strategies: the candidates.
+        seeds: each candidate runs with each.
+        folder: each trial goes into `folder/NAME` (or `NAME-seed-N`).
+        begin, end: called around every trial.
+    """
+    candidates = []
+    for strategy in strategies:
+        trials = []
+        for seed in seeds:
+            begin(strategy.name, seed)
+            name = strategy.name if len(seeds) == 1 else f"{strategy.name}-seed-{seed}"
+            trials.append(trial.run(setting, strategy, seed, folder / name))
+            end(trials[-1])
+        candidates.append(Candidate(strategy.name, tuple(trials)))
+    return decide(candidates, setting.metric, setting.direction)
+
+
+def decide(candidates: Sequence[Candidate], metric: str, direction: str) -> Decision:
+    """Takes the best mean on validation data; of equals the one that trains fewer parameters."""
+    sign = -1 if direction == "maximize" else 1
+    ranked = sorted(candidates, key=lambda c: (sign * c.validation()[metric], c.trials[0].trainable))
+    best = ranked[0]
+    taken = best.best(metric, direction)
+    score = best.validation()[metric]
+    reasons = [f"{best.strategy} has the best {metric} on validation data: {score:.4f}"]
+    if len(ranked) == 1:
+        reasons = [f"{best.strategy} was the only strategy asked for; {metric} on validation data: {score:.4f}"]
+    for other in ranked[1:]:
+        gap = abs(score - other.validation()[metric])
+        tie = " (a tie: it trains more parameters)" if gap == 0 else ""
+        reasons.append(f"{other.strategy} is {gap:.4f} behind{tie}")
+    if len(best.trials) > 1:
+        spread = mean_and_spread([t.validation[metric] for t in best.trials])["std"]
+        reasons.append(
+            f"mean of {len(best.trials)} seeds, standard deviation {spread:.4f}; the model is that of seed {taken.seed}, the best on validation data"
+        )
+    return Decision(best, taken, tuple(candidates), metric, direction, tuple(reasons))

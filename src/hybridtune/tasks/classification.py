@@ -1,0 +1,339 @@
+"""Text classification: binary, many classes, several labels a row, one text or a pair."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from .. import tasks
+from ..data import check
+from ..errors import DataError, ModelError, RecipeError
+from . import Stats, metrics
+from .metrics import Interval
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..recipe import Recipe
+
+
+class Task(tasks.Task):
+    """Classification; `labels` are the user's own names, strings or integers, in the order of the logits."""
+
+    name = "classification"
+    auto_class = "AutoModelForSequenceClassification"
+    columns = {
+        "text": ("sentence", "sentence1", "message", "content", "review", "premise", "question1", "utterance", "tweet"),
+        "text_pair": ("sentence2", "hypothesis", "question2"),
+        "label": ("labels", "intent", "class", "category", "target", "sentiment"),
+    }
+    required = ("text", "label")
+    inputs = ("text", "text_pair")
+    metrics = {
+        "macro_f1": "maximize",
+        "accuracy": "maximize",
+        "weighted_f1": "maximize",
+        "micro_f1": "maximize",
+        "mcc": "maximize",
+    }
+
+    def __init__(
+        self,
+        labels: Sequence[Any] = (),
+        *,
+        multi_label: bool = False,
+        template: str | None = None,
+        class_weight: str | dict[str, float] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        self.labels, self.multi_label, self.template = list(labels), multi_label, template
+        self.class_weight, self.weights = class_weight, list(weights) if weights else None
+        if multi_label:
+            self.metrics = {
+                key: way for key, way in type(self).metrics.items() if key in ("macro_f1", "accuracy", "micro_f1")
+            }
+        else:
+            self.metrics = {key: way for key, way in type(self).metrics.items() if key != "micro_f1"}
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Task:
+        """Reads multi_label, template and class_weight."""
+        if recipe.template is not None and not re.search(r"\{text\}", recipe.template):
+            raise RecipeError(
+                "template: has no place for the text", found=recipe.template, expected="such as: 'Message: {text}'"
+            )
+        return cls(multi_label=bool(recipe.multi_label), template=recipe.template, class_weight=recipe.class_weight)
+
+    def check(
+        self, splits: dict[str, Dataset], sources: dict[str, str]
+    ) -> tuple[dict[str, Dataset], list[check.Finding]]:
+        """Checks rows and labels; learns the label names and, where asked for, their weights."""
+        splits, findings = check.check_classification(splits, sources=sources, multi_label=self.multi_label)
+        if not self.labels:
+            self.labels = check.label_names(splits["train"], self.multi_label)
+        if self.class_weight:
+            self.weights = self._class_weights(splits["train"])
+        return splits, findings
+
+    def _class_weights(self, train: Dataset) -> list[float]:
+        """Balanced: n / (k n_c), whose mean over the training rows is one, so that the rate keeps its meaning."""
+        counts = (
+            self._multi_hot(train).sum(0)
+            if self.multi_label
+            else np.bincount(self._indices(train), minlength=len(self.labels))
+        )
+        if self.class_weight == "balanced":
+            return [float(counts.sum() / (len(self.labels) * count)) for count in np.maximum(counts, 1)]
+        assert isinstance(self.class_weight, dict)
+        stray = [name for name in self.class_weight if name not in map(str, self.labels)]
+        if stray:
+            raise RecipeError(f"class_weight: no such label {stray[0]!r}", expected=", ".join(map(str, self.labels)))
+        return [float(self.class_weight.get(str(name), 1.0)) for name in self.labels]
+
+    def state(self) -> dict[str, Any]:
+        """Label names and how texts are put together."""
+        return {
+            "name": self.name,
+            "labels": self.labels,
+            "multi_label": self.multi_label,
+            "template": self.template,
+            "class_weight": self.class_weight,
+            "weights": self.weights,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Task:
+        """Makes the task again."""
+        return cls(**{key: value for key, value in state.items() if key != "name"})
+
+    def model_config(self) -> dict[str, Any]:
+        """Number and names of the labels, and which loss they mean."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": {number: str(label) for number, label in enumerate(self.labels)},
+            "label2id": {str(label): number for number, label in enumerate(self.labels)},
+            "problem_type": "multi_label_classification" if self.multi_label else "single_label_classification",
+        }
+
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Pads on the right, with the end token where a decoder brings no pad token.
+
+        Decoders pool the last token that is not padding: the pad token must be known to the model too.
+        """
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token_id is None:
+            token = tokenizer.eos_token or tokenizer.unk_token
+            if token is None:
+                raise ModelError(
+                    "the tokenizer has no pad, end or unknown token to pad with",
+                    mend="add one: tokenizer.add_special_tokens({'pad_token': ...})",
+                )
+            tokenizer.pad_token = token
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+    def texts(self, rows: Dataset) -> tuple[list[str], list[str] | None]:
+        """The texts (and their pairs) that the tokenizer gets, the template filled in."""
+        pairs = [str(text) for text in rows["text_pair"]] if "text_pair" in rows.column_names else None
+        texts = [str(text) for text in rows["text"]]
+        if self.template is None:
+            return texts, pairs
+        if pairs is not None and "{text_pair}" in self.template:
+            return [_fill(self.template, text=t, text_pair=p) for t, p in zip(texts, pairs, strict=True)], None
+        return [_fill(self.template, text=text) for text in texts], pairs
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
+        """Token ids, unpadded; a pair is truncated at its longer side."""
+        texts, pairs = self.texts(rows)
+        full = tokenizer(texts, pairs, truncation=False, verbose=False)
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
+        columns: dict[str, Any] = {key: encoded[key] for key in encoded if key in tokenizer.model_input_names}
+        columns["length"] = [len(ids) for ids in full["input_ids"]]
+        unknown = tokenizer.unk_token_id
+        columns["unknown"] = [ids.count(unknown) if unknown is not None else 0 for ids in full["input_ids"]]
+        if "label" in rows.column_names:
+            columns["labels"] = self._multi_hot(rows).astype(np.float32) if self.multi_label else self._indices(rows)
+        return Dataset.from_dict(
+            {key: value if isinstance(value, list) else value.tolist() for key, value in columns.items()}
+        )
+
+    def _indices(self, rows: Dataset) -> np.ndarray:
+        number = {label: index for index, label in enumerate(self.labels)}
+        return np.array(
+            [number[self._known(label, row, number)] for label, row in zip(rows["label"], rows["_row"], strict=True)],
+            dtype=np.int64,
+        )
+
+    def _multi_hot(self, rows: Dataset) -> np.ndarray:
+        number = {label: index for index, label in enumerate(self.labels)}
+        hot = np.zeros((len(rows), len(self.labels)), dtype=np.int64)
+        for at, (labels, row) in enumerate(zip(rows["label"], rows["_row"], strict=True)):
+            hot[at, [number[self._known(label, row, number)] for label in check.split_labels(labels)]] = 1
+        return hot
+
+    def _known(self, label: Any, row: int, number: dict[Any, int]) -> Any:
+        """The label as the model knows it: a file of text gives "3" where the model was trained on 3."""
+        if label in number:
+            return label
+        same = [known for known in self.labels if str(known) == str(label).strip()]
+        if not same:
+            raise DataError(
+                f"row {row}: unknown label {label!r}",
+                expected=", ".join(map(str, self.labels))[:300],
+                mend="correct the row, or tune with rows of that label",
+            )
+        return same[0]
+
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy (several labels: binary cross-entropy), summed, over the items of the global batch."""
+        from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+        logits = outputs["logits"].float()
+        weight = logits.new_tensor(self.weights) if self.weights else None
+        labels = labels.to(logits.device)
+        if labels.dim() > 1 and labels.is_floating_point():
+            total = binary_cross_entropy_with_logits(logits, labels, pos_weight=weight, reduction="sum")
+            items = labels.numel()
+        else:
+            total, items = (
+                cross_entropy(logits, labels.view(-1), weight=weight, reduction="sum"),
+                int(labels.ne(-100).sum()),
+            )
+        return total / (items if num_items_in_batch is None else num_items_in_batch)
+
+    def decode(self, logits: np.ndarray) -> list[dict[str, Any]]:
+        """`label` (several labels: a list, those at 0.5 and above) and the score of every label."""
+        scores = 1 / (1 + np.exp(-logits)) if self.multi_label else _softmax(logits)
+        decoded = []
+        for row in scores:
+            label: Any = (
+                [self.labels[n] for n in np.flatnonzero(row >= 0.5)]
+                if self.multi_label
+                else self.labels[int(row.argmax())]
+            )
+            decoded.append(
+                {
+                    "label": label,
+                    "scores": {str(name): round(float(score), 6) for name, score in zip(self.labels, row, strict=True)},
+                }
+            )
+        return decoded
+
+    def row_stats(self, logits: np.ndarray, labels: np.ndarray) -> Stats:
+        """Gold and predicted label of each row."""
+        if self.multi_label:
+            return {"gold": labels.astype(np.int64), "predicted": (logits >= 0).astype(np.int64)}
+        return {"gold": labels.astype(np.int64), "predicted": logits.argmax(-1)}
+
+    def aggregate(self, stats: Stats) -> dict[str, float]:
+        """Accuracy, macro-F1 and others, 0 to 1."""
+        return metrics.classification_metrics(stats)
+
+    def intervals(self, stats: Stats) -> dict[str, Interval]:
+        """Wilson for accuracy, BCa bootstrap for the others."""
+        return metrics.classification_intervals(stats, self.labels)
+
+    def baselines(
+        self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
+    ) -> list[tuple[str, str, Stats]]:
+        """Majority class, bag of words, and a logistic regression on the frozen model's features."""
+        from sklearn.dummy import DummyClassifier
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.multioutput import MultiOutputClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        gold, target = (
+            (self._multi_hot(test), self._multi_hot(train))
+            if self.multi_label
+            else (self._indices(test), self._indices(train))
+        )
+
+        def wrap(model: Any) -> Any:
+            return MultiOutputClassifier(model) if self.multi_label else model
+
+        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
+        cases: list[tuple[str, str, Any, Any, Any]] = [
+            (
+                "majority class",
+                "the most frequent label of train",
+                wrap(DummyClassifier()),
+                np.zeros((len(train), 1)),
+                np.zeros((len(test), 1)),
+            ),
+            (
+                "bag of words",
+                "tf-idf of words and pairs of words, logistic regression (C = 10)",
+                make_pipeline(words, wrap(LogisticRegression(C=10, max_iter=1000))),
+                self._joined(train),
+                self._joined(test),
+            ),
+        ]
+        if features is not None:
+            cases.append(
+                (
+                    "frozen features",
+                    "mean of the untuned model's last hidden states, logistic regression (C = 1)",
+                    make_pipeline(StandardScaler(), wrap(LogisticRegression(max_iter=1000))),
+                    *features,
+                )
+            )
+        return [
+            (name, detail, {"gold": gold, "predicted": np.asarray(model.fit(x, target).predict(y))})
+            for name, detail, model, x, y in cases
+        ]
+
+    def _joined(self, rows: Dataset) -> list[str]:
+        texts, pairs = self.texts(rows)
+        return texts if pairs is None else [f"{text} {pair}" for text, pair in zip(texts, pairs, strict=True)]
+
+    def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
+        """How often each label stands in each split."""
+        return {"labels": check.label_table(splits, self.labels, self.multi_label)}
+
+    def errors(self, stats: Stats, rows: Dataset, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Per-class table, confusion matrix and the worst confusions with examples."""
+        found: dict[str, Any] = {"per_class": metrics.per_class(stats, self.labels)}
+        if self.multi_label:
+            return found
+        matrix = np.array(metrics.confusion(stats, len(self.labels)))
+        found["confusion"] = {"labels": self.labels, "matrix": matrix.tolist()}
+        np.fill_diagonal(matrix, 0)
+        worst = []
+        texts, numbers = self._joined(rows), rows["_row"]
+        for at in np.argsort(-matrix, axis=None, kind="stable")[:10]:
+            gold, predicted = np.unravel_index(at, matrix.shape)
+            if matrix[gold, predicted] == 0:
+                break
+            hits = np.flatnonzero((stats["gold"] == gold) & (stats["predicted"] == predicted))
+            name = str(self.labels[predicted])
+            hits = sorted(hits, key=lambda row: -scores[row]["scores"][name])[:3]
+            examples = [
+                {"row": numbers[int(h)], "text": texts[int(h)][:300], "score": scores[h]["scores"][name]} for h in hits
+            ]
+            worst.append(
+                {
+                    "gold": self.labels[gold],
+                    "predicted": self.labels[predicted],
+                    "count": int(matrix[gold, predicted]),
+                    "examples": examples,
+                }
+            )
+        return {**found, "worst": worst}
+
+
+def _fill(template: str, **values: str) -> str:
+    """Fills `{text}` in; other braces stay (a JSON example in a template is no mistake)."""
+    return re.sub(r"\{(text_pair|text)\}", lambda match: values.get(match.group(1), ""), template)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True))

@@ -1,0 +1,243 @@
+"""One trial: one strategy with one seed, from the loaded model to its score on validation data."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from . import model as models
+from .anatomy import Anatomy
+from .checkpoint import Base
+from .compose import Assembly, resolve
+from .files import read_json, write_json
+from .model import Loaded
+from .recipe import Recipe, Strategy, Training
+from .tasks import Task
+from .train import HybridTrainer
+
+RESULT = "trial.json"
+# Keys of the recipe that TrainingArguments gets as they are.
+_PASSED = ("per_device_eval_batch_size", "bf16", "fp16", "report_to", "dataloader_num_workers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials of a run share."""
+
+    recipe: Recipe
+    task: Task
+    metric: str
+    train: Dataset
+    validation: Dataset
+    limit: int
+    fingerprint: str
+    callbacks: Sequence[TrainerCallback] = ()
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+
+    @property
+    def direction(self) -> str:
+        """maximize or minimize."""
+        return "minimize" if self.recipe.goal.minimize else self.task.metrics.get(self.metric, "maximize")
+
+    def load(self) -> Loaded:
+        """Loads the model afresh, made ready for the task."""
+        recipe = self.recipe
+        loaded = models.load(
+            recipe.model,
+            self.task.auto_class,
+            revision=recipe.revision,
+            trust_remote_code=recipe.trust_remote_code,
+            **self.task.model_config(),
+        )
+        self.task.prepare(loaded.model, loaded.tokenizer)
+        return loaded
+
+    def base(self) -> Base:
+        """How manifests name the model."""
+        recipe = self.recipe
+        return Base(
+            recipe.model,
+            recipe.revision,
+            self.fingerprint,
+            self.task.auto_class,
+            self.task.model_config(),
+            recipe.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a trial.
+
+    Attributes:
+        validation: metrics on validation data of the model that was kept.
+        seconds: of training and its evaluations.
+        peak_bytes: memory that it took at its peak, beyond what the process held before the model was loaded.
+        trainable, total: numbers of parameters; of several stages the largest.
+    """
+
+    strategy: str
+    seed: int
+    folder: str
+    validation: dict[str, float]
+    seconds: float
+    peak_bytes: int | None
+    trainable: int
+    total: int
+    defaults: list[str] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[Path]:
+        """The folders of its stages, in order; those of the chosen trial are the run's own in the end."""
+        own = Path(self.folder) / "stages"
+        found = (own if own.is_dir() else Path(self.folder).parent.parent / "stages").iterdir()
+        return sorted((f for f in found if f.name.split("-")[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
+
+
+def resolved(setting: Setting, strategy: Strategy, loaded: Loaded) -> tuple[Strategy, list[str]]:
+    """The strategy with every value filled in for this model, and which of them are defaults."""
+    training = Training(**{key: getattr(setting.recipe, key) for key in Training.model_fields})
+    return resolve(strategy, training, Anatomy(loaded.model, loaded.new), models.width(loaded.model))
+
+
+def rehearse(strategy: Strategy, loaded: Loaded) -> None:
+    """Puts all stages of a resolved strategy on a model, one after the other, without training it.
+
+    Raises:
+        PartError, MethodError: a rule cannot be kept.
+    """
+    assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
+    for stage in strategy.stages:
+        assembly.begin(stage)
+
+
+def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
+    """Trains a strategy, or reads what an earlier, finished trial in this folder has found.
+
+    Args:
+        setting: what all trials share.
+        strategy: as asked for.
+        seed: set before the model is loaded and before every stage.
+        folder: of the trial; its stages go into `stages/`.
+    """
+    if (folder / RESULT).is_file():
+        return Trial(**{**read_json(folder / RESULT), "folder": str(folder)})
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted trial has left
+    memory = PeakMemory()
+    set_seed(seed)
+    loaded = setting.load()
+    strategy, defaults = resolved(setting, strategy, loaded)
+    trainer = HybridTrainer(
+        loaded.model,
+        training_arguments(setting, seed, folder),
+        train_dataset=_for_trainer(setting.train),
+        eval_dataset=_for_trainer(setting.validation.sort("length")),  # less padding; metrics know no order
+        processing_class=loaded.tokenizer,
+        compute_loss_func=setting.task.loss,
+        compute_metrics=_metrics(setting),
+        callbacks=list(setting.callbacks),
+        strategy=strategy,
+        base=setting.base(),
+        manifest={
+            "task": setting.task.state(),
+            "max_length": setting.limit,
+            "strategy": strategy.model_dump(mode="json", exclude_none=True),
+        },
+    )
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+    trial = Trial(
+        strategy.name,
+        seed,
+        str(folder),
+        {key: float(value) for key, value in metrics.items() if key not in speed},
+        round(seconds, 3),
+        memory.peak(),
+        max(read_json(stage / "metrics.json")["trainable"] for stage in trainer.stage_folders),
+        sum(parameter.numel() for parameter in loaded.model.parameters()),
+        defaults,
+    )
+    write_json(folder / RESULT, {key: value for key, value in vars(trial).items() if key != "folder"})
+    return trial
+
+
+def training_arguments(setting: Setting, seed: int, folder: Path) -> TrainingArguments:
+    """The recipe's keys that are TrainingArguments' own and that no stage carries."""
+    recipe = setting.recipe
+    passed = {key: value for key in _PASSED if (value := getattr(recipe, key)) is not None}
+    passed.setdefault("per_device_eval_batch_size", 64)
+    device = models.pick_device(recipe.device)
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model=setting.metric,
+        greater_is_better=setting.direction == "maximize",
+        **passed,
+    )
+
+
+def _for_trainer(encoded: Dataset) -> Dataset:
+    return encoded.remove_columns(["length", "unknown"])
+
+
+def _metrics(setting: Setting) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The task's metrics, with the user's own beside them."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        outputs = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        found = setting.task.aggregate(setting.task.row_stats(outputs, prediction.label_ids))
+        return found | (setting.compute_metrics(prediction) if setting.compute_metrics else {})
+
+    return compute
+
+
+class PeakMemory:
+    """Peak memory since this object was made: resident memory on the CPU, allocated memory on CUDA.
+
+    On Linux the kernel's high-water mark (VmHWM) is reset first and heap pages that earlier trials have freed are
+    given back, so that trials in one process can be told apart. Elsewhere CPU memory is not measured.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._before = self._reset() if sys.platform == "linux" else None
+
+    def _reset(self) -> int | None:
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        except (OSError, AttributeError):  # musl, or a container that forbids it
+            return None
+        return self._status("VmRSS")
+
+    def peak(self) -> int | None:
+        """Bytes, or None where it cannot be measured."""
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+        return None if self._before is None else self._status("VmHWM") - self._before
+
+    def _status(self, key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))

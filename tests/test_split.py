@@ -1,0 +1,122 @@
+"""Holding out: by label, the same for the same seed, and with no text on both sides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from hybridtune.data.read import read
+from hybridtune.data.split import hold_out
+from hybridtune.errors import DataError
+
+SMS = Path(__file__).parents[1] / "../shared/data/sms_spam_tiny"
+
+
+def rows_of(labels: list[Any], texts: list[str] | None = None) -> Dataset:
+    return Dataset.from_dict({"text": texts or [f"text {n}" for n in range(len(labels))], "label": labels})
+
+
+def test_every_row_is_on_one_side_in_its_order() -> None:
+    rows = rows_of(["a", "b", "c"] * 20)
+    kept, held = hold_out(rows, 0.25, 3, multi_label=False)
+    assert len(held) == 15
+    assert sorted(kept["text"][:] + held["text"][:]) == sorted(rows["text"])
+    for side in (kept, held):
+        numbers = [int(text.split()[1]) for text in side["text"]]
+        assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.33, 0.5])
+@pytest.mark.parametrize("sizes", [{"a": 700, "b": 100}, {"a": 50, "b": 30, "c": 20}, {0: 11, 1: 13, 2: 17}])
+def test_classes_are_held_out_in_proportion(fraction: float, sizes: dict[Any, int]) -> None:
+    rows = rows_of([label for label, size in sizes.items() for _ in range(size)])
+    _, held = hold_out(rows, fraction, 0, multi_label=False)
+    counts = Counter(held["label"])
+    assert len(held) == round(fraction * len(rows))
+    assert all(abs(counts[label] - fraction * size) < 1 for label, size in sizes.items())
+
+
+def test_the_seed_decides() -> None:
+    rows = rows_of(["a", "b"] * 50)
+    first, again, other = (hold_out(rows, 0.2, seed, multi_label=False)[1]["text"][:] for seed in (5, 5, 6))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_texts_stay_together(seed: int) -> None:
+    texts = [f"Text {n // 3}" if n % 2 else f"  text\u00a0{n // 3} " for n in range(90)]
+    kept, held = hold_out(rows_of(["ab"[n // 3 % 2] for n in range(90)], texts), 0.3, seed, multi_label=False)
+    plain = [{" ".join(text.split()).casefold() for text in side["text"]} for side in (kept, held)]
+    assert not plain[0] & plain[1]
+    assert abs(len(held) - 27) <= 4
+
+
+def test_pairs_count_as_one_text() -> None:
+    pairs = {"text": ["same"] * 20, "text_pair": [f"p {n}" for n in range(20)], "label": [0, 1] * 10}
+    assert len(hold_out(Dataset.from_dict(pairs), 0.2, 0, multi_label=False)[1]) == 4
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.9])
+def test_every_class_keeps_a_row(seed: int, fraction: float) -> None:
+    labels = ["big"] * 30 + ["two"] * 2 + ["one"] + [f"pair {n // 2}" for n in range(20)]
+    texts = [f"text {n}" for n in range(len(labels))]
+    texts[0] = texts[30]  # a text of "two" that "big" has too
+    kept, held = hold_out(rows_of(labels, texts), fraction, seed, multi_label=False)
+    assert set(kept["label"]) == set(labels)
+    assert len(held) > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_class_that_only_shares_texts_keeps_a_row(seed: int) -> None:
+    rows = rows_of(["big"] * 20 + ["shy"] * 2, [f"text {n}" for n in range(20)] + ["text 3", "text 4"])
+    kept, _ = hold_out(rows, 0.9, seed, multi_label=False)
+    assert "shy" in kept["label"][:]
+
+
+def test_single_rows_stay_and_do_not_use_up_the_rounding() -> None:
+    _, held = hold_out(rows_of(["big"] * 40 + [f"one {n}" for n in range(10)]), 0.2, 0, multi_label=False)
+    assert Counter(held["label"]) == {"big": 9}  # a fifth of 40, and one of the two that make a fifth of 50
+
+
+def test_several_labels_go_by_the_first() -> None:
+    rows = rows_of([["a", "x"], ["b"], [], ["b", "y"]] * 15)
+    kept, held = hold_out(rows, 0.2, 1, multi_label=True)
+    assert Counter(next(iter(labels), None) for labels in held["label"]) == {"a": 3, "b": 6, None: 3}
+    assert {label for labels in kept["label"] for label in labels} == {"a", "b", "x", "y"}
+    texts = rows_of(["a|x", "b", "", "b|y"] * 15)
+    assert hold_out(texts, 0.2, 1, multi_label=True)[1]["text"][:] == held["text"][:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "message"),
+    [
+        (
+            rows_of(["a", "b"] * 4),
+            0.5,
+            r"too few rows to hold out a part \(0\.5\)[^\n]*\n.*8 rows[\s\S]*validation file",
+        ),
+        (rows_of(["a", "b"] * 6), 0.01, "too few rows"),
+        (rows_of([str(n) for n in range(12)]), 0.5, "too few rows"),
+        (rows_of(["a", "b"] * 6, ["same"] * 12), 0.5, "too few rows"),
+        (rows_of(["a", "b"] * 6), 0.0, "not a fraction"),
+        (rows_of(["a", "b"] * 6), 1.0, "not a fraction"),
+    ],
+)
+def test_what_cannot_be_held_out(rows: Dataset, fraction: float, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        hold_out(rows, fraction, 0, multi_label=False)
+
+
+def test_real_data() -> None:
+    if not SMS.is_dir():
+        pytest.skip(f"the shared data set is not there: {SMS}")
+    kept, held = hold_out(read(SMS / "train.jsonl", "train"), 0.1, 0, multi_label=False)
+    assert Counter(held["label"]) == {"ham": 70, "spam": 10}
+    assert Counter(kept["label"]) == {"ham": 630, "spam": 90}
+    assert sorted(kept["_row"][:] + held["_row"][:]) == list(range(1, 801))
