@@ -398,7 +398,12 @@ def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str,
     stage = export.last_stage(folder)
     written, snippet = export.write(output, stage, kind)  # type: ignore[arg-type]
     texts = [{"text": "one short text"}, {"text": "and another one, which is a little longer than the first"}]
-    return {"kind": written, "output": str(output), "load": snippet.replace("FOLDER", str(output)), "difference": export.difference(stage, output, texts)}
+    return {
+        "kind": written,
+        "output": str(output),
+        "load": snippet.replace("FOLDER", str(output)),
+        "difference": export.difference(stage, output, texts),
+    }
 
 
 def rows_for_prediction(run: Run, path: Path) -> list[dict[str, Any]]:

@@ -18,13 +18,20 @@ def methods(name: str | None, console: Console) -> Any:
 
     if name is None:
         listed = {method: found.load(method).SUMMARY for method in found.names()}
-        console.table(("method", "formula", "what it trains"), [(m, found.load(m).FORMULA, s) for m, s in listed.items()])
+        console.table(
+            ("method", "formula", "what it trains"), [(m, found.load(m).FORMULA, s) for m, s in listed.items()]
+        )
         return listed
     method = found.load(name)
     options = {key: field.get_default() for key, field in method.Options.model_fields.items()}
     told = {
-        "name": name, "summary": method.SUMMARY, "formula": method.FORMULA, "merges": method.MERGES,
-        "options": options, "weight_decay": method.WEIGHT_DECAY, "source": method.SOURCE,
+        "name": name,
+        "summary": method.SUMMARY,
+        "formula": method.FORMULA,
+        "merges": method.MERGES,
+        "options": options,
+        "weight_decay": method.WEIGHT_DECAY,
+        "source": method.SOURCE,
     }
     console.line(f"{name}: {method.SUMMARY}\n\n  {method.FORMULA}\n")
     console.line("  options   " + (", ".join(f"{key} = {value}" for key, value in options.items()) or "none"))
@@ -40,11 +47,15 @@ def strategies(name: str | None, console: Console) -> Any:
     """Lists the built-in strategies, or explains one."""
     if name is None:
         found = {known: load_strategy(known) for known in built_in_strategies()}
-        rows = [(known, " -> ".join(str(stage.name) for stage in s.stages), s.title or "") for known, s in found.items()]
+        rows = [
+            (known, " -> ".join(str(stage.name) for stage in s.stages), s.title or "") for known, s in found.items()
+        ]
         console.table(("strategy", "stages", "what it does"), rows)
         return {known: s.title for known, s in found.items()}
     strategy = load_strategy(name)
-    console.line(f"{strategy.name}: {strategy.title or ''}\n\n  when      {strategy.when or '-'}\n  source    {strategy.source or '-'}\n")
+    console.line(
+        f"{strategy.name}: {strategy.title or ''}\n\n  when      {strategy.when or '-'}\n  source    {strategy.source or '-'}\n"
+    )
     for number, stage in enumerate(strategy.stages, 1):
         before = f" ({stage.previous} what the stage before added)" if number > 1 else ""
         console.line(f"  {number}. {stage.name}{before}: " + "; ".join(map(str, stage.rules)))
@@ -74,7 +85,15 @@ def runs(folder: Path, console: Console) -> list[dict[str, Any]]:
         console.line(f"no runs in {folder}")
         return found
     rows = [
-        (e["run"], e["model"], e["task"], e.get("strategy", "-"), e["state"], f"{e['metric']} {e['value']:.3f}" if "value" in e else "-", seconds(e["seconds"]) if "seconds" in e else "-")
+        (
+            e["run"],
+            e["model"],
+            e["task"],
+            e.get("strategy", "-"),
+            e["state"],
+            f"{e['metric']} {e['value']:.3f}" if "value" in e else "-",
+            seconds(e["seconds"]) if "seconds" in e else "-",
+        )
         for e in found
     ]
     console.table(("run", "model", "task", "strategy", "state", "test", "trained for"), rows)

@@ -60,10 +60,14 @@ def tune(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the model on the hub.")] = None,
     task: Annotated[str | None, typer.Option(help="Such as classification.")] = None,
     train: Annotated[str | None, typer.Option(help="File or hub id of the training rows.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Rows to choose by; held out of train where not given.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Rows to choose by; held out of train where not given.")
+    ] = None,
     test: Annotated[str | None, typer.Option(help="Rows to prove it on; held out of train where not given.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="text=NAME or label=NAME (repeatable).")] = None,
-    strategy: Annotated[list[str] | None, typer.Option(help="Name or YAML file; several are raced (repeatable).")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="Name or YAML file; several are raced (repeatable).")
+    ] = None,
     maximize: Annotated[str | None, typer.Option(help="Metric to raise, such as macro_f1.")] = None,
     minimize: Annotated[str | None, typer.Option(help="Metric to lower, such as loss.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
@@ -112,7 +116,9 @@ def check(
         _print(api.check(_recipe(recipe, flags, set_ or []), console), as_json)
 
 
-@app.command(epilog="Examples: hybridtune predict runs/x \"where is my parcel?\"    hybridtune predict runs/x --input rows.jsonl --output out.jsonl")
+@app.command(
+    epilog='Examples: hybridtune predict runs/x "where is my parcel?"    hybridtune predict runs/x --input rows.jsonl --output out.jsonl'
+)
 def predict(
     run: RunFolder,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.")] = None,
@@ -147,7 +153,9 @@ def predict(
 @app.command(epilog="Example: hybridtune evaluate runs/x --data new.csv")
 def evaluate(
     run: RunFolder,
-    data: Annotated[str | None, typer.Option(help="Labelled rows; without it, the run's own evaluation is shown.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled rows; without it, the run's own evaluation is shown.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -174,7 +182,12 @@ def compare(
 
         result = comparison.compare(a, b)
         rows = [
-            (name, f"{m['a']:.4f}", f"{m['b']:.4f}", f"{m['difference']['value']:+.4f} [{m['difference']['low']:+.4f}, {m['difference']['high']:+.4f}]")
+            (
+                name,
+                f"{m['a']:.4f}",
+                f"{m['b']:.4f}",
+                f"{m['difference']['value']:+.4f} [{m['difference']['low']:+.4f}, {m['difference']['high']:+.4f}]",
+            )
             for name, m in result["metrics"].items()
         ]
         console.table(("", str(a), str(b), "difference [95%]"), rows)
@@ -195,7 +208,9 @@ def export(
         from . import api
 
         result = api.export_run(run, output, kind)
-        console.line(f"{result['kind']} in {output}, logits differ by at most {result['difference']:.1e}\n\n{result['load']}")
+        console.line(
+            f"{result['kind']} in {output}, logits differ by at most {result['difference']:.1e}\n\n{result['load']}"
+        )
         _print(result, as_json)
 
 
@@ -297,7 +312,21 @@ def _command(as_json: bool) -> Iterator[Console]:
     except HybridtuneError as error:
         console.finish()
         if as_json:
-            print(json.dumps({"error": {"kind": type(error).__name__, "problem": error.problem, "found": _text(error.found), "expected": _text(error.expected), "mend": error.mend}}, ensure_ascii=False, indent=1))
+            print(
+                json.dumps(
+                    {
+                        "error": {
+                            "kind": type(error).__name__,
+                            "problem": error.problem,
+                            "found": _text(error.found),
+                            "expected": _text(error.expected),
+                            "mend": error.mend,
+                        }
+                    },
+                    ensure_ascii=False,
+                    indent=1,
+                )
+            )
         else:
             print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None

@@ -23,7 +23,9 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     """
     task, lines_a = _predictions(a)
     other, lines_b = _predictions(b)
-    if type(task) is not type(other) or [(x["row"], x["gold"]) for x in lines_a] != [(x["row"], x["gold"]) for x in lines_b]:
+    if type(task) is not type(other) or [(x["row"], x["gold"]) for x in lines_a] != [
+        (x["row"], x["gold"]) for x in lines_b
+    ]:
         raise RunError(f"{a} and {b} were not tested on the same rows", mend="tune both with the same test file")
     stats_a, stats_b = _aligned(task, lines_a), _aligned(task, lines_b)
     shown_a, shown_b = task.aggregate(stats_a), task.aggregate(stats_b)
@@ -50,7 +52,9 @@ def _predictions(run: Path) -> tuple[tasks.Task, list[dict[str, Any]]]:
     if not path.is_file():
         raise RunError(f"{run}: has no predictions.jsonl", mend="give a run that is finished")
     about = read_json(run / "model" / "hybridtune.json")["task"]
-    return tasks.load(about["name"]).from_state(about), [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return tasks.load(about["name"]).from_state(about), [
+        json.loads(line) for line in path.read_text("utf-8").splitlines()
+    ]
 
 
 def _aligned(task: tasks.Task, lines: list[dict[str, Any]]) -> Stats:

@@ -21,7 +21,7 @@ from .recipe import Rule, Stage, Strategy, Training
 # What a stage gets for keys that neither it nor the recipe gives. Rates, decay and options come from the methods.
 STAGE_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 5.0,
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.1,

@@ -1,6 +1,6 @@
 """Names for code that was written for transformers: change the import line, nothing else.
 
-    from hybridtune import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from hybridtune import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class AutoModelForSequenceClassification:
         return model
 
 
-def _add_adapter(model: PreTrainedModel, adapter: Any = "default", adapter_name: str | None = None, **options: Any) -> None:
+def _add_adapter(
+    model: PreTrainedModel, adapter: Any = "default", adapter_name: str | None = None, **options: Any
+) -> None:
     """Adds a bottleneck adapter to every layer, by name; a PEFT config goes to transformers, as ever.
 
     The adapter and the head are what `Trainer` trains then.
@@ -82,7 +84,9 @@ def _add_adapter(model: PreTrainedModel, adapter: Any = "default", adapter_name:
     new = getattr(model, "_hybridtune_new", ())
     assembly = Assembly(model, Anatomy(model, new))
     base = base_of(model, new, getattr(model, "_hybridtune_name", None))
-    stage = Stage(name=adapter, rules=[Rule(part="layers", method="adapter", **options), Rule(part="head", method="full")])
+    stage = Stage(
+        name=adapter, rules=[Rule(part="layers", method="adapter", **options), Rule(part="head", method="full")]
+    )
     asked = Strategy(name=adapter, stages=[stage])
     filled, _ = resolve(asked, Training(), assembly.anatomy, models.width(model), stage_defaults={})
     assembly.begin(filled.stages[0])

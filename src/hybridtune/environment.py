@@ -56,7 +56,9 @@ def examine(console: Console) -> dict[str, Any]:
     device = pick_device("auto")
     found = describe(device)
     found["disk_free_bytes"] = shutil.disk_usage(Path.cwd()).free
-    found["packaged_models"] = {name: importlib.util.find_spec(package) is not None for name, (package, _, _) in PACKAGED.items()}
+    found["packaged_models"] = {
+        name: importlib.util.find_spec(package) is not None for name, (package, _, _) in PACKAGED.items()
+    }
     found["offline"] = os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE")
     if device.type == "cuda":
         found["device_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory

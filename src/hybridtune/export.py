@@ -124,8 +124,8 @@ def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> N
         options = attachment.options
         for path in dict.fromkeys(parameter.split(".lora_")[0] for parameter in attachment.parameters):
             targets.append(path)
-            ranks[path], alphas[path] = options["r"], options["lora_alpha"] or 2 * options["r"]
-    rank, alpha = first["r"], first["lora_alpha"] or 2 * first["r"]
+            ranks[path], alphas[path] = options["r"], options["lora_alpha"]
+    rank, alpha = first["r"], first["lora_alpha"]
     heads = sorted({parameter.rsplit(".", 1)[0] for parameter in assembly.anatomy.new})
     shared = {key: value for key, value in first.items() if key not in _FIXED_KEYS}
     config = LoraConfig(

@@ -16,7 +16,7 @@ from .anatomy import Anatomy
 from .console import Console
 from .data import check, read, split
 from .errors import RecipeError
-from .recipe import Recipe, Strategy
+from .recipe import Recipe, Rule, Strategy
 from .tasks import Task
 from .trial import Setting
 
@@ -141,14 +141,26 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
         defaults += [f"strategy.{number}.{path}" for path in chosen]
         console.line(f"  {full.name}" + (f": {full.title}" if full.title else ""))
         for at, stage in enumerate(full.stages):
-            given = {path.rpartition(f"stages.{at}.rules.")[2] for path in chosen}
             length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.num_train_epochs:g} epochs"
             console.line(f"    {at + 1}. {stage.name}, {length}, batch {stage.per_device_train_batch_size}", "dim")
             for n, rule in enumerate(stage.rules):
-                rate = (
-                    f", learning rate {rule.learning_rate:g}" + (" (default)" if f"{n}.learning_rate" in given else "")
-                    if rule.learning_rate
-                    else ""
-                )
-                console.line(f"       {rule}{rate}", "dim")
+                chosen_here = {path.rpartition(".")[2] for path in chosen if path.startswith(f"stages.{at}.rules.{n}.")}
+                console.line(f"       {_say_rule(rule, chosen_here)}", "dim")
     return resolved, defaults
+
+
+def _say_rule(rule: Rule, defaults: set[str]) -> str:
+    """`layers: lora(r=8), defaults: learning_rate 0.001, lora_alpha 16, ...`."""
+    values = {"learning_rate": rule.learning_rate, **rule.options}
+    given = ", ".join(
+        f"{key}={_short(value)}" for key, value in values.items() if key not in defaults and value is not None
+    )
+    filled = ", ".join(
+        f"{key} {_short(value)}" for key, value in values.items() if key in defaults and value is not None
+    )
+    said = f"{rule.part}: {rule.method}" + (f"({given})" if given else "")
+    return said + (f", defaults: {filled}" if filled else "")
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from . import model as models
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition, resolve
+from .engine.microbatch import by_length
 from .errors import RecipeError
 from .files import write_json
 from .recipe import Stage, Strategy, Training, load_strategy
@@ -164,6 +166,21 @@ class HybridTrainer(Trainer):
                 for old in log.folder.glob("checkpoint-*"):
                     shutil.rmtree(old)
         log.write_metrics()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """On the CPU, where padding costs as much as tokens do, computes a batch in pieces of similar length.
+
+        Needs the exact loss: where Trainer's own is used, a batch stays whole.
+        """
+        cut = self.args.device.type == "cpu" and self.compute_loss_func is not None and num_items_in_batch is not None
+        pieces = by_length(dict(inputs)) if cut else [inputs]
+        losses = []
+        for number, piece in enumerate(pieces, 1):
+            with nullcontext() if number == len(pieces) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, piece, num_items_in_batch))
+        return torch.stack(losses).sum()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each learning rate and weight decay of the stage's rules."""

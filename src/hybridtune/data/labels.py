@@ -18,7 +18,7 @@ from ..errors import DataError
 SEPARATORS = "|;,"
 
 TYPO_ROWS = 3
-TYPO_SHARE = 0.02
+TYPO_SHARE = 0.05
 TYPO_EDITS = 2
 TYPO_LENGTH = 5
 

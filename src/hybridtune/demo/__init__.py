@@ -42,4 +42,9 @@ def run(output: Path, overwrite: bool, assignments: list[str], console: Console)
     predictions = tuned.predict(MESSAGES)
     for message, prediction in zip(MESSAGES, predictions, strict=True):
         console.line("  " + api.say_prediction(message, prediction))
-    return {"run": str(tuned.folder), "decision": tuned.decision, "evaluation": tuned.evaluation, "predictions": predictions}
+    return {
+        "run": str(tuned.folder),
+        "decision": tuned.decision,
+        "evaluation": tuned.evaluation,
+        "predictions": predictions,
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from ..anatomy import Part
@@ -25,7 +25,7 @@ class Options(BaseModel):
 
     Attributes:
         r: the rank.
-        lora_alpha: numerator of the scaling; None means 2 r.
+        lora_alpha: numerator of the scaling; 2 r where not given.
         lora_dropout: dropout on what goes into A.
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
         use_dora: train magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353).
@@ -40,6 +40,11 @@ class Options(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+
+    @model_validator(mode="after")
+    def _default_alpha(self) -> Options:
+        self.lora_alpha = self.lora_alpha or 2.0 * self.r
+        return self
 
 
 def learning_rate(part: Part, width: int) -> float:
@@ -74,9 +79,8 @@ def config(options: Options, targets: list[str], **more: Any) -> Any:
     """PEFT's LoraConfig for exactly these matrices: a pattern, since a list would match name endings too."""
     from peft import LoraConfig
 
-    values = options.model_dump()
-    values["lora_alpha"] = options.lora_alpha or 2 * options.r
-    return LoraConfig(target_modules="|".join(re.escape(name) for name in targets), **values, **more)
+    pattern = "|".join(re.escape(name) for name in targets)
+    return LoraConfig(target_modules=pattern, **options.model_dump(), **more)
 
 
 def _layers(names: list[str]) -> list[str]:

@@ -1,0 +1,22 @@
+"""What all tests share: offline, two threads at most, and real data only where it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets that lies beside a developer's checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data sets are not here: {SHARED}")
+    return SHARED

@@ -1,0 +1,114 @@
+"""Tiny random models of real architectures, built from configs; and a tiny tokenizer for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    *"a b c d e f g h i j k l m n o p q r s t u v w x y z good bad new old".split(),
+]
+_SIZE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
+_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+
+CLASSIFIERS: dict[str, Callable[..., hf.PreTrainedModel]] = {
+    "bert": lambda **k: hf.BertForSequenceClassification(hf.BertConfig(**_SIZE, pad_token_id=0, **k)),
+    "roberta": lambda **k: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_SIZE, **_IDS, **k)),
+    "distilbert": lambda **k: hf.DistilBertForSequenceClassification(
+        hf.DistilBertConfig(dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=100, pad_token_id=0, **k)
+    ),
+    "deberta-v2": lambda **k: hf.DebertaV2ForSequenceClassification(
+        hf.DebertaV2Config(
+            **_SIZE, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, pad_token_id=0, **k
+        )
+    ),
+    "modernbert": lambda **k: hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(**_SIZE, **_IDS, cls_token_id=2, sep_token_id=3, **k)
+    ),
+    "llama": lambda **k: hf.LlamaForSequenceClassification(hf.LlamaConfig(**_SIZE, **_IDS, num_key_value_heads=2, **k)),
+    "qwen3": lambda **k: hf.Qwen3ForSequenceClassification(
+        hf.Qwen3Config(**_SIZE, **_IDS, num_key_value_heads=2, head_dim=8, **k)
+    ),
+    "gpt2": lambda **k: hf.GPT2ForSequenceClassification(
+        hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=100, **_IDS, **k)
+    ),
+    "t5": lambda **k: hf.T5ForSequenceClassification(
+        hf.T5Config(
+            d_model=32,
+            num_layers=3,
+            num_heads=4,
+            d_kv=8,
+            d_ff=64,
+            vocab_size=100,
+            pad_token_id=0,
+            eos_token_id=3,
+            decoder_start_token_id=0,
+            **k,
+        )
+    ),
+    "bart": lambda **k: hf.BartForSequenceClassification(
+        hf.BartConfig(
+            d_model=32,
+            encoder_layers=3,
+            decoder_layers=3,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            vocab_size=100,
+            **_IDS,
+            decoder_start_token_id=3,
+            **k,
+        )
+    ),
+}
+
+
+def classifier(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
+    """A tiny classifier with random weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    return CLASSIFIERS[name](**config).eval()
+
+
+def encoder_decoder() -> hf.PreTrainedModel:
+    """Two tiny BERTs, the second with cross-attention."""
+    torch.manual_seed(0)
+    decoder = hf.BertConfig(**_SIZE, is_decoder=True, add_cross_attention=True)
+    return hf.EncoderDecoderModel(
+        encoder=hf.BertModel(hf.BertConfig(**_SIZE)), decoder=hf.BertLMHeadModel(decoder)
+    ).eval()
+
+
+def tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Splits at white space; letters and a few words are known."""
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    )
+
+
+def save_pretrained(folder: Path, name: str = "bert", seed: int = 0, **config: object) -> Path:
+    """Writes a tiny model and its tokenizer as a plain Hugging Face folder."""
+    classifier(name, seed, **config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
