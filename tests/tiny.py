@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from hybridtune import model as models_of_ours
+from hybridtune.anatomy import Anatomy
+from hybridtune.checkpoint import Base
+from hybridtune.compose import Assembly
+from hybridtune.recipe import Rule
+
+AUTO = "AutoModelForSequenceClassification"
 
 WORDS = [
     "[PAD]",
@@ -112,3 +121,70 @@ def save_pretrained(folder: Path, name: str = "bert", seed: int = 0, **config: o
     classifier(name, seed, **config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_body(folder: Path, name: str = "bert", seed: int = 0) -> Path:
+    """Writes a tiny model without its head, as pretrained models come, and its tokenizer."""
+    classifier(name, seed).base_model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two rows of different lengths that end with the end token, padded."""
+    ids = torch.tensor([[2, 5, 6, 7, 8, 9, 3], [2, 10, 11, 12, 3, 0, 0]])
+    return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """The model's logits for `batch()`, without gradients."""
+    with torch.no_grad():
+        return model(**batch()).logits
+
+
+def train(model: torch.nn.Module, trained: Iterable[torch.nn.Parameter], steps: int, rate: float) -> None:
+    """Plain SGD on `batch()`; nothing else requires gradients, and dropout stays as the model's mode says."""
+    trained = list(trained)
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(trained, lr=rate)
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(model(**batch()).logits, torch.tensor([0, 1]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def shake(parameters: Iterable[torch.nn.Parameter], by: float = 0.1, seed: int = 0) -> None:
+    """Adds noise, so that what a method has added shows in the output as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def rows(count: int, seed: int = 0, labels: int = 2, longest: int = 12, multi_label: bool = False) -> list[dict]:
+    """Encoded rows of different lengths; the second token says which label (of several: which labels) a row has."""
+    pick = random.Random(seed)
+    made = []
+    for _ in range(count):
+        gold = pick.randrange(labels)
+        ids = [2, 30 + gold, *(pick.randrange(4, 30) for _ in range(pick.randrange(1, longest - 2))), 3]
+        row = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": gold}
+        if multi_label:
+            row["labels"] = [float(number == gold or pick.random() < 0.2) for number in range(labels)]
+        made.append(row)
+    return made
+
+
+def assembly(folder: Path, **config: object) -> tuple[Assembly, Base]:
+    """A classifier loaded from a folder, ready for rules, and what manifests say it was loaded from."""
+    loaded = models_of_ours.load(str(folder), AUTO, **config)
+    base = Base(str(folder), None, models_of_ours.fingerprint(loaded.model, loaded.new), AUTO, dict(config))
+    return Assembly(loaded.model, Anatomy(loaded.model, loaded.new)), base
+
+
+def rule(part: str, method: str, **more: object) -> Rule:
+    """A rule with all that a resolved one has."""
+    return Rule(**{"part": part, "method": method, "learning_rate": 0.1, "weight_decay": 0.0, **more})

@@ -3,8 +3,9 @@
 The grammar of a part:
 
     all | embeddings | head | new | norms | biases | re:<regex over module names>
-    [encoder. | decoder.] layers [index] [.attention | .cross_attention | .mlp] [.q | .k | .v | .qkv | .o | .up | .gate | .down]
+    [encoder. | decoder.] layers [index] [.attention | .cross_attention | .mlp] [.projection]
     index: [0:4]  [3,7,9]  [-2:]  [2]
+    projection: q  k  v  qkv  o  up  gate  down
 
 `layers[...].norms` and `.biases` are those inside the named layers. In an encoder-decoder model `layers[-2:]` means the
 last two of each stack. An index outside the model is an error, not a shorter list.
@@ -50,8 +51,13 @@ class Block:
 
     @property
     def input(self) -> str:
-        """Name of the matrix whose input is the block's: the query's in attention (keys may come from an encoder)."""
-        return next((name for name, role in self.matrices.items() if role in ("q", "qkv")), next(iter(self.matrices)))
+        """Name of the matrix whose input is the block's.
+
+        In self-attention the value's (DeBERTa calls query and key on positions too), in cross-attention the query's
+        (keys and values come from the encoder).
+        """
+        wanted = ("v", "qkv") if self.kind == "attention" else ("q", "qkv")
+        return next((name for name, role in self.matrices.items() if role in wanted), next(iter(self.matrices)))
 
     @property
     def output(self) -> str:
@@ -73,7 +79,7 @@ class Part:
         return self.name
 
     def without(self, lost: Collection[str]) -> Part:
-        """The part less the parameters that another rule has claimed, and less the matrices whose weight is among them."""
+        """The part less the parameters that another rule has claimed, and the matrices whose weight is among them."""
         if not lost:
             return self
         return replace(
@@ -133,17 +139,24 @@ class Anatomy:
             PartError: the name is not in the grammar, or the model has no such part.
         """
         text = name.replace(" ", "")
-        if text.startswith("re:"):
-            return self._by_regex(name, text[3:])
-        if text in PLAIN:
-            return self._plain(text)
         match = _LAYERS.fullmatch(text)
-        if match is None:
+        if text.startswith("re:"):
+            part = self._by_regex(name, text[3:])
+        elif text in PLAIN:
+            part = self._plain(text)
+        elif match:
+            part = self._of_layers(name, *match.groups())
+        else:
             raise PartError(
                 unknown("part", name, (*PLAIN, "layers", "layers.attention", "layers.mlp")),
                 expected="all, embeddings, layers[...], head, new, norms, biases or re:<regex>; see the docs on parts",
             )
-        return self._of_layers(name, *match.groups())
+        if not part.parameters:
+            raise PartError(
+                f"part {name}: {self.model_class} has no parameters there",
+                mend="name another part, or leave the rule out",
+            )
+        return part
 
     def _plain(self, name: str) -> Part:
         blocks = tuple(block for stack in self._stacks for block in stack.blocks)
@@ -169,13 +182,20 @@ class Anatomy:
         try:
             found = [module for module in self._modules if module and re.fullmatch(pattern, module)]
         except re.error as error:
-            raise PartError(f"part {name}: not a regular expression", found=str(error)) from None
+            raise PartError(
+                f"part {name}: not a regular expression", found=str(error), expected="such as re:.*query"
+            ) from None
         if not found:
             raise PartError(
                 f"part {name}: no module of {self.model_class} has such a name",
                 expected="a pattern that matches whole names, such as re:.*query",
             )
-        inside = [block for stack in self._stacks for block in stack.blocks if set(block.modules) <= set(found)]
+        inside = [
+            block
+            for stack in self._stacks
+            for block in stack.blocks
+            if all(_below(module, tuple(found)) for module in block.modules)
+        ]
         return self._make(name, found, blocks=tuple(inside))
 
     def _of_layers(self, name: str, role: str | None, index: str | None, suffix: str) -> Part:
@@ -185,11 +205,14 @@ class Anatomy:
                 f"part {name}: {self.model_class} is not an encoder-decoder", mend=f"write {name.partition('.')[2]}"
             )
         steps = suffix.split(".")[1:]
-        if len(steps) > 2 or any(step not in (*BLOCKS, *PROJECTIONS, "norms", "biases") for step in steps):
-            raise PartError(
-                f"part {name}: {unknown('piece', '.'.join(steps), (*BLOCKS, *PROJECTIONS, 'norms', 'biases'))}",
-                expected=f"one of {', '.join(BLOCKS)}, then maybe one of {', '.join(PROJECTIONS)}",
-            )
+        known: tuple[str, ...] = (*BLOCKS, *PROJECTIONS, "norms", "biases")
+        for step in steps:
+            if step not in known:
+                raise PartError(
+                    f"part {name}: {unknown('piece', step, known)}",
+                    expected=f"{', '.join(BLOCKS)}, then maybe {', '.join(PROJECTIONS)}; or norms or biases",
+                )
+            known = PROJECTIONS if step in BLOCKS else ()
         chosen = [(stack, number) for stack in stacks for number in _indices(name, index, len(stack.layers))]
         if not steps:
             blocks = tuple(block for stack, number in chosen for block in stack.blocks if block.layer == number)
@@ -224,8 +247,12 @@ class Anatomy:
         roots = tuple(dict.fromkeys(roots))
         inside = [module for module in self._modules if _below(module, roots)]
         parameters = [self._canonical[full] for full in self._canonical if _below(full.rpartition(".")[0], roots)]
-        found = [module for module in inside if isinstance(self._modules[module], _MATRIX)] if matrices else []
+        found = [module for module in inside if self._is_matrix(module)] if matrices else []
         return Part(name, roots, tuple(dict.fromkeys(parameters)), tuple(found), blocks)
+
+    def _is_matrix(self, module: str) -> bool:
+        """Whether it can have an update of its own: a tied matrix is also another's, which would not get it."""
+        return isinstance(self._modules[module], _MATRIX) and self._canonical[f"{module}.weight"] not in self.tied
 
     def _filtered(self, name: str, roots: list[str], what: str) -> Part:
         if what == "norms":
@@ -323,7 +350,7 @@ def _kind(name: str, class_name: str) -> str:
 
 
 def _projection(kind: str, matrix: str, last: bool) -> str:
-    """The projection that a matrix is, from its last names; the last matrix of a block leads back to the hidden width."""
+    """The projection that a matrix is, from its last name; the last of a block leads back to the hidden width."""
     if last:
         return "down" if kind == "mlp" else "o"
     word = matrix.rpartition(".")[2].lower()

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import console as consoles
-from . import environment, evaluate, export, predict, prepare, report, select, tasks, trial
+from . import environment, evaluate, export, predict, prepare, report, select, tasks, trial, yaml12
 from . import model as models
 from .console import Console
 from .data import read
-from .errors import RecipeError, RunError, unknown
+from .errors import DataError, HybridtuneError, RecipeError, RunError, unknown
 from .files import disk_errors, read_json, write_json, write_text
 from .recipe import Recipe, Strategy
 from .select import Decision
 from .tasks import Task
 from .trial import Setting, Trial
+
+# All that a tuning writes into its folder, and all that it ever removes from there.
+_ASKED = "asked.json"
+_OWN_FILES = (
+    *("recipe.yaml", "environment.json", "data.json", "plan.json", "decision.json", "evaluation.json"),
+    *("explanation.json", "predictions.jsonl", "report.html", _ASKED),
+)
+_OWN_FOLDERS = ("trials", "stages", "model")
+# Keys that a resumed run may have changed.
+_FREE = {"output", "defaults", "data", "strategy", "push_to_hub", "hub_model_id", "hub_private_repo"}
 
 
 def tune(
@@ -53,35 +64,36 @@ def tune(
         The run, with its model, predictions and evaluation.
 
     Raises:
-        UserError: what was asked for cannot be done as it was written; nothing has been trained then.
+        UserError: what was asked for cannot be done as it was written. Up to the first training step nothing is
+            written, and with `overwrite` nothing is removed, so that the mended call can simply be made again.
     """
     console = console or Console()
     asked = Recipe.make(recipe, **keys)
     task = tasks.load(asked.task).from_recipe(asked)
     metric = _goal(asked, task, compute_metrics is not None)
-    folder = _open(asked, resume, overwrite)
+    folder = _output(asked, resume, overwrite)
 
-    console.step(1, f"goal: {'minimize' if asked.goal.minimize else 'maximize'} {metric} of {asked.task}")
-    write_json(folder / "environment.json", environment.describe(models.pick_device(asked.device)))
+    console.step(1, f"goal: {_direction(asked)} {metric} of {asked.task}")
+    machine = environment.describe(models.pick_device(asked.device))
 
     console.step(2, "data")
     rows, about = prepare.rows_of(asked, task, console)
     setting, lengths = prepare.setting_of(
         asked, task, metric, rows, console, (*callbacks, _Progress(console)), compute_metrics
     )
-    write_json(folder / "data.json", about | lengths)
 
     console.step(3, "strategy")
     plan, defaults = prepare.plan_of(setting, console)
-    _write_recipe(folder, asked, plan, defaults)
+    _begin(folder, setting, {"environment.json": machine, "data.json": about | lengths}, plan, defaults, resume)
 
     console.step(4, f"tune: {len(plan)} {'strategy' if len(plan) == 1 else 'strategies'}, chosen on validation data")
     decision = _race(setting, folder, console)
 
     console.step(5, f"evaluate: {len(rows['test'])} test rows, read by a model for the first time")
-    evaluation = _evaluate(setting, decision, rows, folder, console)
-    report.write_report(folder)
-    run = Run(folder)
+    with disk_errors(folder):
+        evaluation = _evaluate(setting, decision, rows, folder, console)
+        report.write_report(folder)
+    run = Run(folder, asked.device)
     _say_result(run, evaluation, console)
     if asked.push_to_hub:
         run.push_to_hub(asked.hub_model_id, asked.hub_private_repo, asked.hub_token)
@@ -148,12 +160,24 @@ class Run:
             name: repository; the run folder's name where not given.
             private: whether a new repository is private.
             token: of the hub; the stored one where not given.
-        """
-        from huggingface_hub import HfApi
 
-        hub = HfApi(token=token)
-        repository = hub.create_repo(name or self.folder.name, private=private, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=repository, folder_path=str(self.folder / "model"), commit_message="Tuned model")
+        Raises:
+            HybridtuneError: the hub cannot be reached, or does not take it.
+        """
+        import huggingface_hub
+
+        name = name or self.folder.resolve().name
+        model = self.folder / "model" if (self.folder / "model").is_dir() else self.folder
+        hub = huggingface_hub.HfApi(token=token)
+        try:
+            repository = hub.create_repo(name, private=private, exist_ok=True).repo_id
+            hub.upload_folder(repo_id=repository, folder_path=str(model), commit_message="Tuned model")
+        except Exception as error:  # whatever the hub, its client or the network may raise
+            raise HybridtuneError(
+                f"hub: {model} was not uploaded to {name}",
+                found=(str(error).strip() or type(error).__name__).splitlines()[0],
+                mend=f'the run is finished; try again with hybridtune.load("{self.folder}").push_to_hub("{name}")',
+            ) from error
 
 
 class _Progress(TrainerCallback):
@@ -182,11 +206,9 @@ class _Progress(TrainerCallback):
     ) -> None:
         metrics = metrics or {}
         if state.is_world_process_zero and self.training:
-            key = str(args.metric_for_best_model)
-            self.console.line(
-                f"    {self.stage}  epoch {state.epoch:g}  {key} {metrics.get('eval_' + key, float('nan')):.4f}  loss {metrics.get('eval_loss', float('nan')):.4f}",
-                "dim",
-            )
+            shown = dict.fromkeys((str(args.metric_for_best_model), "loss"))
+            values = "  ".join(f"{key} {metrics.get('eval_' + key, float('nan')):.4f}" for key in shown)
+            self.console.line(f"    {self.stage}  epoch {state.epoch:g}  {values}", "dim")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -195,63 +217,118 @@ class _Progress(TrainerCallback):
         self.console.finish()
 
 
+def _direction(recipe: Recipe) -> str:
+    return "minimize" if recipe.goal.minimize else "maximize"
+
+
 def _goal(recipe: Recipe, task: Task, own_metrics: bool) -> str:
-    metric = recipe.goal.metric or task.metric
-    if metric not in task.metrics and metric != "loss" and not own_metrics:
-        raise RecipeError(f"goal: {unknown('metric', metric, task.metrics)}", expected=", ".join(task.metrics))
-    way = "minimize" if recipe.goal.minimize else "maximize"
-    if recipe.goal.metric and task.metrics.get(metric, way) != way:
-        raise RecipeError(f"goal: {way} {metric}", expected=f"{task.metrics[metric]}: {metric}")
+    metric, way = recipe.goal.metric or task.metric, _direction(recipe)
+    known = {**task.metrics, "loss": "minimize"}
+    if metric not in known and not own_metrics:
+        raise RecipeError(f"goal: {unknown('metric', metric, known)}", expected=", ".join(known))
+    if recipe.goal.metric and known.get(metric, way) != way:
+        raise RecipeError(f"goal: {way} {metric}", expected=f"{known[metric]}: {metric}")
     return metric
 
 
-def _open(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
-    """Makes the run folder; what is there is kept unless the user says otherwise."""
-    folder = Path(recipe.output)
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"output: {folder} is a file", mend="choose another output")
-    taken = folder.is_dir() and any(folder.iterdir())
-    is_run = (folder / "recipe.yaml").is_file()
-    if taken and not is_run:
+def _output(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
+    """The run folder. Nothing is written or removed yet.
+
+    Raises:
+        RunError: it cannot be written, or holds something that the user has not said what to do with.
+    """
+    folder = Path(recipe.output).expanduser()
+    if resume and overwrite:
+        raise RunError("output: --resume and --overwrite exclude each other", mend="give one of them")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"output: {there} is a file", mend="choose another output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"output: {there} cannot be written", mend="choose another output")
+    if there is not folder or not any(folder.iterdir()):
+        return folder
+    if not (folder / _ASKED).is_file():
         raise RunError(f"output: {folder} holds other files", mend="choose another output, or empty it")
-    if taken and not (resume or overwrite):
+    if not (resume or overwrite):
         raise RunError(
             f"output: {folder} already holds a run", mend="choose another output, or give --resume or --overwrite"
         )
-    asked = recipe.model_dump(mode="json", exclude_unset=True, exclude={"output", "data", "defaults"})
-    if taken and resume:
-        before = read_json(folder / "asked.json")
-        if before != asked:
-            changed = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
+    if resume:
+        before, asked = read_json(folder / _ASKED), _asked(recipe)
+        changed = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
+        if changed:
             raise RunError(
                 f"output: the run in {folder} was begun with another recipe",
                 found=f"different {', '.join(changed)}",
                 mend="resume with the same recipe, or give --overwrite",
             )
-    if taken and overwrite and not resume:
-        shutil.rmtree(folder)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not (taken and resume):
-        write_json(folder / "asked.json", asked)
-        _write_recipe(folder, recipe, recipe.strategies(), [])
     return folder
 
 
-def _write_recipe(folder: Path, recipe: Recipe, strategies: Sequence[Strategy], defaults: Sequence[str]) -> None:
-    """Writes recipe.yaml: what was asked for, with every value that was chosen. It can be tuned again as it is."""
-    tree = recipe.model_dump(mode="json", exclude={"data", "strategy", "defaults"}, exclude_none=True)
-    data = {
-        name: read.describe(value) if name in ("train", "validation", "test") else value
-        for name in recipe.data.model_fields_set
-        if (value := getattr(recipe.data, name)) is not None
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """What has to be the same for a run to be resumed."""
+    tree = recipe.model_dump(mode="json", exclude_defaults=True, exclude=_FREE)
+    tree["strategy"] = [strategy.model_dump(mode="json", exclude_none=True) for strategy in recipe.strategies()]
+    return tree | {"data": _data(recipe)}
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """`data:` as plain values: rows that were given in Python are named by their kind."""
+    given = {name: getattr(recipe.data, name) for name in ("train", "validation", "test")}
+    told = {
+        name: str(value) if isinstance(value, (str, Path)) else read.describe(value)
+        for name, value in given.items()
+        if value is not None
     }
+    return told | ({"columns": dict(recipe.data.columns)} if recipe.data.columns else {})
+
+
+def _begin(
+    folder: Path,
+    setting: Setting,
+    files: dict[str, Any],
+    plan: Sequence[Strategy],
+    defaults: Sequence[str],
+    resume: bool,
+) -> None:
+    """Writes what is known before anything is trained. What an earlier run has left makes way, unless it is resumed.
+
+    Raises:
+        RunError: the disk is full or read-only, or a resumed run was begun with other rows.
+    """
+    if resume and (folder / "data.json").is_file():
+        before, now = read_json(folder / "data.json")["splits"], files["data.json"]["splits"]
+        changed = [name for name in now if before.get(name, {}).get("fingerprint") != now[name]["fingerprint"]]
+        if changed:
+            raise RunError(
+                f"output: the run in {folder} was begun with other rows",
+                found=f"different {', '.join(changed)}",
+                mend="resume with the same files, or give --overwrite",
+            )
+    if not resume:
+        _clear(folder)
+    recipe = setting.recipe
+    write_json(folder / _ASKED, _asked(recipe))
+    for name, value in files.items():
+        write_json(folder / name, value)
+    tree = recipe.model_dump(mode="json", exclude={"data", "goal", "strategy", "defaults"}, exclude_none=True)
     tree |= {
-        "data": data,
-        "strategy": [s.model_dump(mode="json", exclude_none=True) for s in strategies],
-        "defaults": list(defaults),
+        "goal": {_direction(recipe): setting.metric},
+        "data": _data(recipe),
+        "strategy": [strategy.model_dump(mode="json", exclude_none=True) for strategy in plan],
+        "defaults": [*([] if recipe.goal.metric else [f"goal.{_direction(recipe)}"]), *defaults],
     }
-    write_text(folder / "recipe.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120))
+    write_text(folder / "recipe.yaml", yaml12.dump(tree))
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a tuning writes, and nothing else that may lie beside it."""
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # other files are there, or it is not there
+        folder.rmdir()
 
 
 def _race(setting: Setting, folder: Path, console: Console) -> Decision:
@@ -263,11 +340,20 @@ def _race(setting: Setting, folder: Path, console: Console) -> Decision:
         )
 
     def end(done: Trial) -> None:
+        spent = f"{consoles.seconds(done.seconds)}, {consoles.count(done.trainable)} trained"
         console.line(
-            f"    {setting.metric} {done.validation[setting.metric]:.4f} on validation, {consoles.seconds(done.seconds)}, {consoles.count(done.trainable)} trained, {consoles.memory(done.peak_bytes)}"
+            f"    {setting.metric} {done.validation[setting.metric]:.4f} on validation, {spent}, "
+            f"{consoles.memory(done.peak_bytes)}"
         )
 
-    decision = select.race(setting, strategies, seeds, folder / "trials", begin, end)
+    try:
+        with disk_errors(folder):
+            decision = select.race(setting, strategies, seeds, folder / "trials", begin, end)
+    except Exception:
+        logs = [*folder.glob("trials/*/stages/*/log.jsonl"), *folder.glob("trials/*/" + trial.RESULT)]
+        if not any(log.stat().st_size for log in logs):  # nothing was trained: the mended call shall find it as it was
+            _clear(folder)
+        raise
     write_json(folder / "decision.json", decision.as_dict())
     console.line(f"  chosen: {decision.chosen.strategy}" + "".join(f"\n    {reason}" for reason in decision.reasons))
     return decision
@@ -279,9 +365,7 @@ def _evaluate(
     evaluation, scores = evaluate.evaluate(setting, decision, rows["train"], rows["test"], setting.recipe.baselines)
     last = decision.trial.stages[-1]
     kind, snippet = export.write(folder / "model", last)
-    drift = export.difference(
-        last, folder / "model", [row for row in rows["test"].select(range(min(16, len(rows["test"])))).to_list()]
-    )
+    drift = export.difference(last, folder / "model", rows["test"].select(range(min(16, len(rows["test"])))).to_list())
     if drift > 1e-3:
         raise RunError(
             f"{folder / 'model'}: gives other logits than the tuned model",
@@ -364,8 +448,16 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, console: Console | None 
     return about | lengths
 
 
-def evaluate_run(folder: Path, data: Any, device: str = "auto") -> dict[str, Any]:
+def evaluate_run(
+    folder: Path, data: Any, device: str = "auto", columns: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Scores a tuned model on labelled rows; without rows, gives the run's own evaluation.
+
+    Args:
+        folder: of the run.
+        data: anything that `data: {test: ...}` may be.
+        device: where the model is put.
+        columns: what the rows' columns are called, where they are not called as in training.
 
     Raises:
         RunError: the run is not finished.
@@ -375,8 +467,15 @@ def evaluate_run(folder: Path, data: Any, device: str = "auto") -> dict[str, Any
         return evaluate.read_evaluation(folder)
     tuned = load(folder, device)
     task, source = tuned.predictor.task, read.describe(data)
-    rows = read.map_columns(read.read(data, "test"), "test", source, task.columns, {}, task.required)
-    scores = evaluate.score(tuned.predictor, rows)
+    table = read.read(data, "test")
+    hints = {**{name: own for name, own in task.hints.items() if own in table.column_names}, **(columns or {})}
+    rows = read.map_columns(table, "test", source, task.columns, hints, task.required)
+    try:
+        scores = evaluate.score(tuned.predictor, rows.select_columns([*task.required, "_row"]))
+    except DataError as error:
+        raise DataError(
+            f"{source}: {error.problem}", found=error.found, expected=error.expected, mend=error.mend
+        ) from None
     warnings = sorted({metric["warning"] for metric in scores.metrics.values() if "warning" in metric})
     return {"model": str(folder), "data": source, "rows": len(rows), "metrics": scores.metrics, "warnings": warnings}
 
@@ -397,7 +496,11 @@ def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str,
     evaluate.read_evaluation(folder)
     stage = export.last_stage(folder)
     written, snippet = export.write(output, stage, kind)  # type: ignore[arg-type]
-    texts = [{"text": "one short text"}, {"text": "and another one, which is a little longer than the first"}]
+    inputs = predict.load(output, "cpu").task.inputs
+    texts = [
+        dict.fromkeys(inputs, text)
+        for text in ("one short text", "and another one, which is a little longer than the first")
+    ]
     return {
         "kind": written,
         "output": str(output),

@@ -9,7 +9,7 @@ from typing import Any
 
 from .console import Console, seconds
 from .files import read_json
-from .recipe import built_in_strategies, load_strategy
+from .recipe import built_in_strategies, load_strategy, read_recipe
 
 
 def methods(name: str | None, console: Console) -> Any:
@@ -23,7 +23,8 @@ def methods(name: str | None, console: Console) -> Any:
         )
         return listed
     method = found.load(name)
-    options = {key: field.get_default() for key, field in method.Options.model_fields.items()}
+    fields = method.Options.model_fields.items()
+    options = {key: "required" if field.is_required() else field.get_default() for key, field in fields}
     told = {
         "name": name,
         "summary": method.SUMMARY,
@@ -53,9 +54,8 @@ def strategies(name: str | None, console: Console) -> Any:
         console.table(("strategy", "stages", "what it does"), rows)
         return {known: s.title for known, s in found.items()}
     strategy = load_strategy(name)
-    console.line(
-        f"{strategy.name}: {strategy.title or ''}\n\n  when      {strategy.when or '-'}\n  source    {strategy.source or '-'}\n"
-    )
+    console.line(f"{strategy.name}: {strategy.title or ''}\n")
+    console.line(f"  when      {strategy.when or '-'}\n  source    {strategy.source or '-'}\n")
     for number, stage in enumerate(strategy.stages, 1):
         before = f" ({stage.previous} what the stage before added)" if number > 1 else ""
         console.line(f"  {number}. {stage.name}{before}: " + "; ".join(map(str, stage.rules)))
@@ -66,12 +66,12 @@ def strategies(name: str | None, console: Console) -> Any:
 
 def runs(folder: Path, console: Console) -> list[dict[str, Any]]:
     """Lists the runs in a folder."""
-    import yaml
-
     found: list[dict[str, Any]] = []
     for recipe in sorted(folder.glob("*/recipe.yaml")):
         run = recipe.parent
-        asked = yaml.safe_load(recipe.read_text("utf-8"))
+        if not (run / "environment.json").is_file():  # somebody's recipe, not a run
+            continue
+        asked = read_recipe(recipe)
         entry: dict[str, Any] = {"run": str(run), "model": asked["model"], "task": asked["task"], "state": "begun"}
         if (run / "decision.json").is_file():
             entry |= {"state": "decided", "strategy": read_json(run / "decision.json")["chosen"]}

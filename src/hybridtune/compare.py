@@ -23,10 +23,13 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     """
     task, lines_a = _predictions(a)
     other, lines_b = _predictions(b)
-    if type(task) is not type(other) or [(x["row"], x["gold"]) for x in lines_a] != [
-        (x["row"], x["gold"]) for x in lines_b
-    ]:
-        raise RunError(f"{a} and {b} were not tested on the same rows", mend="tune both with the same test file")
+    gold_a, gold_b = ([(line["row"], line["gold"]) for line in lines] for lines in (lines_a, lines_b))
+    if type(task) is not type(other) or gold_a != gold_b or _fingerprint(a) != _fingerprint(b):
+        raise RunError(
+            f"{a} and {b} were not tested on the same rows",
+            found=f"{len(lines_a)} and {len(lines_b)} rows",
+            mend="tune both with the same test file",
+        )
     stats_a, stats_b = _aligned(task, lines_a), _aligned(task, lines_b)
     shown_a, shown_b = task.aggregate(stats_a), task.aggregate(stats_b)
     found: dict[str, Any] = {}
@@ -35,9 +38,8 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
         found[name] = {"a": shown_a[name], "b": shown_b[name], "difference": difference.as_dict()}
     right_a, right_b = _right(stats_a), _right(stats_b)
     p = mcnemar(right_a, right_b)
-    reasons = [
-        f"only the first is right on {int((right_a & ~right_b).sum())} rows, only the second on {int((right_b & ~right_a).sum())}: McNemar p = {p:.3g}"
-    ]
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    reasons = [f"only the first is right on {only_a} rows, only the second on {only_b}: McNemar p = {p:.3g}"]
     for name, metric in found.items():
         low, high = metric["difference"]["low"], metric["difference"]["high"]
         if low > 0 or high < 0:
@@ -55,6 +57,11 @@ def _predictions(run: Path) -> tuple[tasks.Task, list[dict[str, Any]]]:
     return tasks.load(about["name"]).from_state(about), [
         json.loads(line) for line in path.read_text("utf-8").splitlines()
     ]
+
+
+def _fingerprint(run: Path) -> Any:
+    """Of the test rows' texts and labels."""
+    return read_json(run / "data.json")["splits"]["test"]["fingerprint"]
 
 
 def _aligned(task: tasks.Task, lines: list[dict[str, Any]]) -> Stats:

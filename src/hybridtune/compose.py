@@ -188,13 +188,14 @@ class Assembly:
         for there in self.attachments:
             if (there.method, there.part, there.options) == (rule.rule.method, rule.part.name, options):
                 return there.parameters
-            if rule.method.WRAPS and methods.load(there.method).WRAPS:
-                if (set(rule.claims) - less) & self._claimed_by(there):
-                    raise MethodError(
-                        f"{rule.rule}: {there.method} of an earlier stage sits on the same matrices ({there.part})",
-                        mend="give the stage previous: merge or previous: drop, or repeat the earlier rule to train it on",
-                    )
+            both_wrap = rule.method.WRAPS and methods.load(there.method).WRAPS
+            if both_wrap and (set(rule.claims) - less) & self._claimed_by(there):
+                raise MethodError(
+                    f"{rule.rule}: {there.method} of an earlier stage sits on the same matrices ({there.part})",
+                    mend="give the stage previous: merge or previous: drop, or repeat the earlier rule to train it on",
+                )
         names = tuple(rule.method.attach(self.model, rule.part.without(less), rule.options))
+        self.model.train(self.model.training)  # what was added is in the model's mode
         added = tuple(name for name in names if name not in self._parameters)
         if added:
             now = dict(self.model.named_parameters())
@@ -216,7 +217,8 @@ class Assembly:
         decay = tuple(n for n in names if self._parameters[n].dim() > 1 and n not in norms)
         rest = tuple(n for n in names if n not in set(decay))
         rate, weight_decay = rule.rule.learning_rate, rule.rule.weight_decay
-        assert rate is not None and weight_decay is not None, "the stage is not resolved"
+        assert rate is not None, "the stage is not resolved"
+        assert weight_decay is not None, "the stage is not resolved"
         return [Group(str(rule.rule), n, rate, w) for n, w in ((decay, weight_decay), (rest, 0.0)) if n]
 
 
@@ -237,6 +239,8 @@ class _Rule:
 def _settle(rules: list[_Rule], anatomy: Anatomy) -> list[set[str]]:
     """Of two claims on one tensor the later rule wins; returns what each rule has lost to another.
 
+    A method that wraps matrices never gets new ones, whose random weights it would freeze.
+
     Raises:
         MethodError: two methods would wrap one matrix, or tied weights would be trained and frozen.
     """
@@ -253,7 +257,8 @@ def _settle(rules: list[_Rule], anatomy: Anatomy) -> list[set[str]]:
             if other is not None:
                 _check_pair(other, rule, name, tied=name in anatomy.tied)
             owner[name] = number
-    return [{name for name, holder in owner.items() if holder != number} for number in range(len(rules))]
+    lost = [{name for name, holder in owner.items() if holder != number} for number in range(len(rules))]
+    return [less | set(anatomy.new) if rule.method.WRAPS else less for rule, less in zip(rules, lost, strict=True)]
 
 
 def _check_pair(first: _Rule, second: _Rule, name: str, tied: bool) -> None:
@@ -272,8 +277,8 @@ def _check_pair(first: _Rule, second: _Rule, name: str, tied: bool) -> None:
         and first.part.name != second.part.name
     ):
         raise MethodError(
-            f"{first.rule} and {second.rule}: {name} is tied, one tensor with two names, and cannot be both trained and frozen",
-            mend="freeze or train both parts",
+            f"{first.rule} and {second.rule}: {name} is tied, one tensor with two names",
+            mend="train both parts or freeze both",
         )
 
 
@@ -303,7 +308,8 @@ def resolve(
     for number, asked in enumerate(strategy.stages):
         stage = asked.model_copy(deep=True)
         if number == 0 and anatomy.new and all(rule.part != "new" for rule in stage.rules):
-            stage.rules.insert(0, Rule(part="new", method="full"))
+            frozen = [n for n, rule in enumerate(stage.rules) if (rule.part, rule.method) == ("all", "freeze")]
+            stage.rules.insert(max(frozen, default=-1) + 1, Rule(part="new", method="full"))
         here = f"stages.{number}"
         for key, value in stage_defaults.items():
             if getattr(stage, key) is None:
@@ -329,17 +335,18 @@ def resolve(
 
 def _resolve_rule(rule: Rule, stage: Stage, anatomy: Anatomy, width: int, here: str, defaults: list[str]) -> Rule:
     method = methods.load(rule.method)
+    part = anatomy.part(rule.part)
     options = methods.options_of(method, rule.method, rule.options).model_dump()
     defaults.extend(f"{here}.{key}" for key in options if key not in rule.options)
     rate, decay = rule.learning_rate or stage.learning_rate, rule.weight_decay
     decay = stage.weight_decay if decay is None else decay
     if rate is None:
-        rate = method.learning_rate(anatomy.part(rule.part), width)
-        defaults.append(f"{here}.learning_rate")
+        rate = method.learning_rate(part, width) or None  # freeze has none
+        if rate is not None:
+            defaults.append(f"{here}.learning_rate")
     if decay is None:
         decay = method.WEIGHT_DECAY
         defaults.append(f"{here}.weight_decay")
-    rate = rate or None  # freeze has none
     return Rule(part=rule.part, method=rule.method, learning_rate=rate, weight_decay=decay, **options)
 
 
@@ -352,7 +359,7 @@ def _check_merges(strategy: Strategy) -> None:
                 merges = methods.load(rule.method).MERGES
                 if merges is not True:
                     raise MethodError(
-                        f"strategy {strategy.name}, stage {stage.name}: previous: merge, but {rule} cannot be merged: {merges}",
+                        f"strategy {strategy.name}, stage {stage.name}: {rule} cannot be merged: {merges}",
                         mend="use previous: keep or previous: drop",
                     )
         added = stage.rules if stage.previous != "keep" else added + stage.rules

@@ -9,6 +9,7 @@ from typing import IO
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class Console:
@@ -21,7 +22,7 @@ class Console:
 
     def __init__(self, quiet: bool = False, stream: IO[str] | None = None) -> None:
         stream = stream or sys.stdout
-        self._rich = RichConsole(file=stream, quiet=quiet, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(file=stream, quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -32,7 +33,7 @@ class Console:
 
     def step(self, number: int, title: str) -> None:
         """Announces one of the five steps."""
-        self._rich.print(f"\n[bold]{number}/5 {title}[/bold]" if self.is_terminal else f"\n{number}/5 {title}")
+        self.line(f"\n{number}/5 {title}", "bold")
 
     def line(self, text: str, style: str | None = None) -> None:
         """Prints one line; the text is shown as it is, never read as markup."""
@@ -46,9 +47,9 @@ class Console:
         """Prints a table; all columns but the first are right-aligned; `bold` is the number of a row to stress."""
         table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim", min_width=40)
         for number, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+            table.add_column(Text(heading), justify="left" if number == 0 else "right", no_wrap=True)
         for number, row in enumerate(rows):
-            table.add_row(*map(_plain, row), style="bold" if number == bold else None)
+            table.add_row(*map(Text, row), style="bold" if number == bold else None)
         width = self._rich.width
         self._rich.width = max(width, 140) if not self.is_terminal else width
         self._rich.print(table, soft_wrap=False)
@@ -74,10 +75,6 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
         self._progress = self._task = None
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def count(number: float) -> str:

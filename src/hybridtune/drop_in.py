@@ -5,64 +5,88 @@ from hybridtune import AutoModelForSequenceClassification, AutoTokenizer, Traine
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from . import checkpoint
 from . import model as models
 from .anatomy import Anatomy
 from .checkpoint import MANIFEST, Base
 from .compose import Assembly, resolve
+from .errors import MethodError
+from .origin import base_of
 from .recipe import Rule, Stage, Strategy, Training
-from .train import HybridTrainer, base_of
+from .train import HybridTrainer, Tuned
 
 Trainer = HybridTrainer
 
 __all__ = ["AutoModelForSequenceClassification", "AutoTokenizer", "Trainer", "TrainingArguments"]
 
 
-@dataclass
-class InPlace:
-    """What `model.add_adapter` has put on a model, for HybridTrainer to find."""
+class AutoTokenizer(transformers.AutoTokenizer):  # type: ignore[misc]
+    """`transformers.AutoTokenizer`, which knows the names of packaged models too."""
 
-    assembly: Assembly
-    base: Base
-    strategy: Strategy
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Loads a tokenizer as transformers does.
+
+        Args:
+            name: hub id, folder, or the name of a packaged model.
+            *args: as transformers takes them.
+            **kwargs: as transformers takes them.
+        """
+        return super().from_pretrained(models.locate(str(name)), *args, **kwargs)
 
 
-class AutoModelForSequenceClassification:
+class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassification):  # type: ignore[misc]
     """`transformers.AutoModelForSequenceClassification`, whose models take a bottleneck adapter by name."""
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> PreTrainedModel:
+    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Loads a model as transformers does, or a folder that `Trainer.save_model` has written.
 
         Args:
             name: hub id, folder, the name of a packaged model, or a folder with a delta.
             *args: as transformers takes them.
-            **kwargs: as transformers takes them.
+            **kwargs: as transformers takes them; of a delta only `dtype` counts, the others are written in it.
 
         Raises:
             RunError, ModelError: a delta is damaged, or its base has other weights.
         """
         if (Path(name) / MANIFEST).is_file():
-            return checkpoint.load(Path(name))[0].model
-        kwargs.pop("output_loading_info", None)
-        auto = transformers.AutoModelForSequenceClassification
-        model, info = auto.from_pretrained(models.locate(str(name)), *args, output_loading_info=True, **kwargs)
+            return _tuned(Path(name), kwargs.get("dtype", kwargs.get("torch_dtype", "auto")))
+        asked = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(models.locate(str(name)), *args, output_loading_info=True, **kwargs)
+        mismatched = {item[0] if isinstance(item, (tuple, list)) else item for item in info.get("mismatched_keys", ())}
         model.add_adapter = MethodType(_add_adapter, model)
-        model._hybridtune_new = tuple(sorted(info["missing_keys"]))
+        model._hybridtune_new = tuple(sorted({*info["missing_keys"], *mismatched}))
         model._hybridtune_name = str(name)
-        return model
+        return (model, info) if asked else model
+
+
+def _tuned(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Loads a delta; `Trainer` goes on with the last stage of what made it."""
+    loaded, assembly, manifest = checkpoint.load(folder)
+    model, strategy = loaded.model, manifest.get("strategy")
+    if dtype == "auto":
+        known = (folder / "config.json").is_file()
+        dtype = transformers.AutoConfig.from_pretrained(folder).dtype if known else torch.float32
+    model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model.add_adapter = MethodType(_add_adapter, model)
+    if strategy is not None:
+        last = Strategy(**strategy).stages[-1].model_copy(update={"previous": "keep"})
+        again = Strategy(name=str(strategy["name"]), stages=[last])
+        model._hybridtune = Tuned(assembly, Base(**manifest["base"]), again)  # type: ignore[assignment]
+    return model
 
 
 def _add_adapter(
-    model: PreTrainedModel, adapter: Any = "default", adapter_name: str | None = None, **options: Any
+    model: PreTrainedModel, adapter_config: Any = "default", adapter_name: str | None = None, **options: Any
 ) -> None:
     """Adds a bottleneck adapter to every layer, by name; a PEFT config goes to transformers, as ever.
 
@@ -70,7 +94,7 @@ def _add_adapter(
 
     Args:
         model: the model.
-        adapter: the adapter's name, or a PEFT config.
+        adapter_config: the adapter's name, or a PEFT config.
         adapter_name: the adapter's name where a PEFT config is given.
         **options: of the method `adapter`, such as bottleneck=64.
 
@@ -78,16 +102,29 @@ def _add_adapter(
         MethodError: the model has an adapter already.
         RecipeError: an option is unknown.
     """
-    if not isinstance(adapter, str):
-        type(model).add_adapter(model, adapter, adapter_name)
+    there: Tuned | None = getattr(model, "_hybridtune", None)
+    if there is not None:
+        raise MethodError(
+            f"add_adapter: the model is tuned by {there.strategy.name} already",
+            mend="load the model again for another adapter, or give Trainer a strategy of several rules",
+        )
+    if not isinstance(adapter_config, str):
+        before = model._hf_peft_config_loaded
+        try:
+            type(model).add_adapter(model, adapter_config, adapter_name, **options)
+        except TypeError:
+            model._hf_peft_config_loaded = before  # transformers sets it before it looks at the config
+            raise
         return
+    if model._hf_peft_config_loaded:
+        raise MethodError(
+            "add_adapter: PEFT sits on the model already",
+            mend="load the model again, or give both as rules of a strategy",
+        )
     new = getattr(model, "_hybridtune_new", ())
-    assembly = Assembly(model, Anatomy(model, new))
-    base = base_of(model, new, getattr(model, "_hybridtune_name", None))
-    stage = Stage(
-        name=adapter, rules=[Rule(part="layers", method="adapter", **options), Rule(part="head", method="full")]
-    )
-    asked = Strategy(name=adapter, stages=[stage])
+    assembly, base = Assembly(model, Anatomy(model, new)), base_of(model, new)
+    rules = [Rule(part="layers", method="adapter", **options), Rule(part="head", method="full")]
+    asked = Strategy(name=adapter_config, stages=[Stage(name=adapter_config, rules=rules)])
     filled, _ = resolve(asked, Training(), assembly.anatomy, models.width(model), stage_defaults={})
     assembly.begin(filled.stages[0])
-    model._hybridtune = InPlace(assembly, base, asked)  # type: ignore[assignment]
+    model._hybridtune = Tuned(assembly, base, asked)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from datasets import Dataset
 from . import checkpoint, predict
 from . import model as models
 from .errors import RunError
-from .files import write_text
+from .files import read_json, write_text
 from .select import Decision
 from .tasks import Stats, Task
 from .tasks.metrics import mean_and_spread
@@ -64,7 +65,13 @@ def evaluate(
     for candidate in decision.candidates:
         shown = candidate.best(decision.metric, decision.direction)
         entry = candidate.as_dict(decision.metric)
-        runs = [scores[t.strategy, t.seed].metrics[decision.metric]["value"] for t in candidate.trials]
+        # The goal may be a metric that the test rows have not: the loss, or one of the user's own.
+        runs = [
+            metrics[decision.metric]["value"]
+            for trial in candidate.trials
+            if decision.metric in (metrics := scores[trial.strategy, trial.seed].metrics)
+        ]
+        told = mean_and_spread(runs) if runs else None
         candidates.append(
             {
                 "strategy": candidate.strategy,
@@ -72,8 +79,8 @@ def evaluate(
                 "metrics": scores[shown.strategy, shown.seed].metrics,
                 **{key: entry[key] for key in ("trainable", "total", "seconds", "peak_bytes")},
                 "seeds": [{"seed": t.seed, "metrics": scores[t.strategy, t.seed].metrics} for t in candidate.trials],
-                "mean": {decision.metric: mean_and_spread(runs)["mean"]},
-                "spread": {decision.metric: mean_and_spread(runs)["std"]},
+                "mean": {decision.metric: told["mean"]} if told else {},
+                "spread": {decision.metric: told["std"]} if told else {},
             }
         )
     evaluation = {
@@ -95,12 +102,10 @@ def write_predictions(path: Path, rows: Dataset, scores: Scores) -> None:
 
 
 def _lines(rows: Dataset, scores: Scores) -> list[str]:
-    import json
-
     lines = []
-    for at, prediction in enumerate(scores.predictions):
+    for at, (number, gold, prediction) in enumerate(zip(rows["_row"], rows["label"], scores.predictions, strict=True)):
         stats = {name: values[at].tolist() for name, values in scores.stats.items()}
-        line = {"row": rows["_row"][at], "gold": rows["label"][at], **prediction, "stats": stats}
+        line = {"row": number, "gold": gold, **prediction, "stats": stats}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return lines
 
@@ -138,8 +143,6 @@ def read_evaluation(run: Path) -> dict[str, Any]:
     Raises:
         RunError: the run has none.
     """
-    from .files import read_json
-
     if not (run / "evaluation.json").is_file():
         raise RunError(f"{run}: has no evaluation.json", mend="give a run that is finished")
     return dict(read_json(run / "evaluation.json"))

@@ -1,7 +1,7 @@
 """Hands over what the user ships, as one of three kinds.
 
     checkpoint   a plain Hugging Face folder; everything that was added is merged in
-    adapter      a plain PEFT folder that names its base; where only LoRA and new weights were trained
+    adapter      a plain PEFT folder that names its base; where only LoRA and the head were trained
     delta        hybridtune's own: what was trained or changed, on top of the base it names
 
 Each holds `hybridtune.json` (kind, task, base) and a README.md that says how to load it.
@@ -26,15 +26,16 @@ from .tasks import Task
 
 Kind = Literal["checkpoint", "adapter", "delta"]
 KINDS: tuple[Kind, ...] = ("checkpoint", "adapter", "delta")
-_FIXED_KEYS = {"r", "lora_alpha"}
+_PATTERNED = {"r", "lora_alpha"}  # the options that one LoraConfig can give each matrix its own value of
+_OF_TRAINING = {"lora_dropout", "init_lora_weights"}
+_CLASSIFIERS = ("classifier", "score")  # what PEFT keeps whole of every sequence classifier, asked or not
 
 
 def kinds(assembly: Assembly) -> list[Kind]:
     """The kinds that this model can be handed over as, the best first."""
     found: list[Kind] = []
     used = {attachment.method for attachment in assembly.attachments}
-    only_new = assembly.changed == set(assembly.anatomy.new)
-    if used == {"lora"} and only_new:
+    if used == {"lora"} and _is_peft(assembly):
         found.append("adapter")
     if all(methods.load(name).MERGES is True for name in used):
         found.append("checkpoint")
@@ -64,6 +65,7 @@ def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, st
     from .tasks import load as load_task
 
     task = load_task(manifest["task"]["name"]).from_state(manifest["task"])
+    task.prepare(loaded.model, loaded.tokenizer)
     snippet = _snippet(kind, base, task)
     with new_folder(folder) as home:
         if kind == "delta":
@@ -76,7 +78,6 @@ def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, st
         else:
             assembly.merge()
             loaded.model.save_pretrained(home)
-        task.prepare(loaded.model, loaded.tokenizer)
         loaded.tokenizer.save_pretrained(home)
         about = {
             "hybridtune": __version__,
@@ -104,13 +105,39 @@ def last_stage(run: Path) -> Path:
 
 def difference(stage: Path, folder: Path, texts: list[Any]) -> float:
     """Largest difference of logits between a stage's model and what was handed over, on some rows."""
-    loaded, _, manifest = checkpoint.load(stage)
+    loaded, _, _ = checkpoint.load(stage)
     other = predict.load(folder, "cpu")
     encoded = other.encode(other.task.rows_from(texts))
     other.task.prepare(loaded.model, loaded.tokenizer)
     ours = predict.logits(loaded.model, encoded, loaded.tokenizer, 16)
     theirs = predict.logits(other.model, encoded, other.tokenizer, 16)
     return float(np.abs(ours - theirs).max())
+
+
+def _is_peft(assembly: Assembly) -> bool:
+    """Whether one LoraConfig can say all that LoRA has done, and else only the head was changed."""
+    anatomy, kept = assembly.anatomy, tuple(f"{name}." for name in _kept_whole(assembly))
+    body = {*anatomy.part("layers").parameters, *anatomy.part("embeddings").parameters} - set(anatomy.new)
+    free = _PATTERNED | _OF_TRAINING
+    shared = [{k: v for k, v in item.options.items() if k not in free} for item in assembly.attachments]
+    return (
+        not assembly.changed & (body | anatomy.tied)
+        and not any(name.startswith(kept) for name in assembly.added)
+        and all(options == shared[0] for options in shared)
+    )
+
+
+def _kept_whole(assembly: Assembly) -> list[str]:
+    """The outermost modules that a PEFT adapter brings whole: those changed, and a classifier, as PEFT does."""
+    changed, kept = assembly.changed, list[str]()
+    endings = _CLASSIFIERS if assembly.anatomy.model_class.endswith("SequenceClassification") else ()
+    for name, module in assembly.model.named_modules():
+        inside = {f"{name}.{inner}" for inner, _ in module.named_parameters()}
+        own = {f"{name}.{inner}" for inner, _ in module.named_parameters(recurse=False)}
+        wanted = inside <= changed or own & changed or name.endswith(endings)
+        if inside and wanted and not name.startswith(tuple(f"{whole}." for whole in kept)):
+            kept.append(name)
+    return kept
 
 
 def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> None:
@@ -126,13 +153,13 @@ def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> N
             targets.append(path)
             ranks[path], alphas[path] = options["r"], options["lora_alpha"]
     rank, alpha = first["r"], first["lora_alpha"]
-    heads = sorted({parameter.rsplit(".", 1)[0] for parameter in assembly.anatomy.new})
-    shared = {key: value for key, value in first.items() if key not in _FIXED_KEYS}
+    kept = _kept_whole(assembly)
+    shared = {key: value for key, value in first.items() if key not in _PATTERNED}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=targets,
-        modules_to_save=heads or None,
+        modules_to_save=kept or None,
         rank_pattern={path: r for path, r in ranks.items() if r != rank},
         alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
         base_model_name_or_path=name,
@@ -142,35 +169,43 @@ def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> N
         **shared,
     )
     config.save_pretrained(str(home))
-    tensors = {
-        f"base_model.model.{n.replace('.default.', '.')}": assembly.parameter(n).detach().cpu().contiguous()
-        for n in assembly.delta
-    }
-    save_file(tensors, str(home / "adapter_model.safetensors"), metadata={"format": "pt"})
+    tensors = {name.replace(".default.", "."): assembly.parameter(name) for name in assembly.added}
+    for path in kept:
+        module = assembly.model.get_submodule(path)
+        tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    save_file(
+        {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        str(home / "adapter_model.safetensors"),
+        metadata={"format": "pt"},
+    )
 
 
 def _snippet(kind: Kind, base: Base, task: Task) -> str:
     if kind == "checkpoint":
         return (
             f"from transformers import AutoTokenizer, {base.auto_class}\n\n"
-            f'model = {base.auto_class}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+            f'model = {base.auto_class}.from_pretrained("FOLDER")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
         )
     if kind == "adapter":
         name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
+        keys = f"num_labels={base.config.get('num_labels', 2)}, ignore_mismatched_sizes=True"
         return (
             f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {base.auto_class}\n\n"
-            f'base = {base.auto_class}.from_pretrained("{name}", num_labels={base.config.get("num_labels", 2)})\n'
-            'model = PeftModel.from_pretrained(base, "FOLDER").eval()\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+            f'base = {base.auto_class}.from_pretrained("{name}", {keys})\n'
+            'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
         )
     example = {task.inputs[0]: "..."}
     return f'import hybridtune\n\nrun = hybridtune.load("FOLDER")\nprint(run.predict([{example}]))\n'
 
 
 def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str) -> str:
+    needs = f"{base.name} (fingerprint {base.fingerprint})"
     says = {
         "checkpoint": "a plain Hugging Face checkpoint; nothing but transformers is needed to load it",
-        "adapter": f"a PEFT adapter; it needs its base model, {base.name} (fingerprint {base.fingerprint}), and the peft library",
-        "delta": f"a delta on {base.name} (fingerprint {base.fingerprint}); it needs that model and the hybridtune library",
+        "adapter": f"a PEFT adapter; it needs its base model, {needs}, and the peft library",
+        "delta": f"a delta on {needs}; it needs that model and the hybridtune library",
     }
     stages = "\n".join(
         f"- {stage['name']}: " + "; ".join(f"`{r['part']}: {r['method']}`" for r in stage["rules"])
@@ -178,5 +213,6 @@ def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str) -> s
     )
     return (
         f"# {base.name}, tuned for {manifest['task']['name']}\n\nThis folder is {says[kind]}.\n\n"
-        f"```python\n{snippet}```\n\nTuned with hybridtune {__version__}, strategy {manifest['strategy']['name']}:\n\n{stages}\n"
+        f"```python\n{snippet}```\n\n"
+        f"Tuned with hybridtune {__version__}, strategy {manifest['strategy']['name']}:\n\n{stages}\n"
     )

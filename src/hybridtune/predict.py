@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,27 +41,37 @@ class Predictor:
     limit: int
     batch_size: int = 32
 
-    def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
+    def predict(
+        self, rows: Sequence[Any] | Dataset | pd.DataFrame, columns: dict[str, str] | None = None
+    ) -> list[dict[str, Any]]:
         """Predicts rows given as dicts of the task's columns, or as bare strings where one text is all.
+
+        Args:
+            rows: a list of them, a `datasets.Dataset` or a pandas frame.
+            columns: what the columns are called, where they are not called as in training.
 
         Raises:
             DataError: a row lacks a column.
         """
-        if not rows:
+        if isinstance(rows, (str, dict)):
+            raise DataError("predict: a single row was given", expected="a list of rows", mend="predict([row])")
+        if len(rows) == 0:
             return []
-        encoded = self.encode(self.task.rows_from(rows))
+        table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self.task.rows_from(rows)
+        encoded = self.encode(table, columns)
         return self.task.decode(logits(self.model, encoded, self.tokenizer, self.batch_size))
 
-    def encode(self, rows: Sequence[dict[str, Any]]) -> Dataset:
+    def encode(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
         """Token ids of rows that need no labels; columns may have any of the names that training data may have."""
-        table = Dataset.from_list([dict(row) for row in rows])
-        table = table.remove_columns([name for name in ("label", "_row") if name in table.column_names])
-        wanted = {name: known for name, known in self.task.columns.items() if name in self.task.inputs}
-        required = [name for name in self.task.required if name in self.task.inputs]
-        table = reading.map_columns(table, "input", "the rows", wanted, {}, required)
-        for at, value in enumerate(table[required[0]]):
-            if value is None:
-                raise DataError(f"row {at + 1}: {required[0]} is missing")
+        table, inputs = reading.read(rows, "input"), list(self.task.inputs)
+        wanted = {name: self.task.columns[name] for name in inputs}
+        own = {name: column for name, column in self.task.hints.items() if column in table.column_names}
+        hints = {name: column for name, column in {**own, **(columns or {})}.items() if name in wanted}
+        table = reading.map_columns(table, "input", "the rows", wanted, hints, inputs).select_columns(inputs)
+        for name in inputs:
+            for at, value in enumerate(table[name]):
+                if value is None or isinstance(value, (list, dict)):
+                    raise DataError(f"row {at + 1}: {name} is " + ("missing" if value is None else "not a text"))
         return self.task.encode(table, self.tokenizer, self.limit)
 
     def to(self, device: torch.device | str) -> Predictor:

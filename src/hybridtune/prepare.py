@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from . import console as consoles
 from . import model as models
@@ -15,10 +18,13 @@ from . import trial
 from .anatomy import Anatomy
 from .console import Console
 from .data import check, read, split
-from .errors import RecipeError
+from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Strategy
 from .tasks import Task
 from .trial import Setting
+
+_KINDS_OF_ROWS = {"datasets.Dataset", "datasets.DatasetDict", "pandas.DataFrame", "list of dicts"}  # as describe says
+_CHECKED = {"optim", "lr_scheduler_type", "logging_steps"}  # what only TrainingArguments can say is wrong
 
 
 def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dataset], dict[str, Any]]:
@@ -37,25 +43,35 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
         source = getattr(recipe.data, name)
         if source is None:
             continue
+        if isinstance(source, str) and source in _KINDS_OF_ROWS:
+            raise DataError(
+                f"data.{name}: was a {source} in Python, of which the recipe does not hold the rows",
+                mend=f"give them again: tune(recipe, {name}=rows)",
+            )
         sources[name] = read.describe(source)
         table = read.read(source, name, max_rows=recipe.max_rows)
         rows[name] = read.map_columns(table, name, sources[name], task.columns, recipe.data.columns, task.required)
     seed = recipe.all_seeds()[0]
     for name, fraction in (("test", 0.2), ("validation", 0.1)):
         if name not in rows:
-            rows["train"], rows[name] = split.hold_out(
-                rows["train"], fraction, seed, multi_label=bool(recipe.multi_label)
-            )
+            rows["train"], rows[name] = _hold_out(recipe, task, rows["train"], sources["train"], fraction)
             sources[name] = f"{fraction:.0%} of {sources['train']}, held out with seed {seed}"
             console.line(
-                f"  no {name} rows given: {fraction:.0%} of train held out ({len(rows[name])} rows, stratified, seed {seed})"
+                f"  no {name} rows given: {fraction:.0%} of train held out "
+                f"({len(rows[name])} rows, stratified, seed {seed})"
             )
     read_counts = {name: len(table) for name, table in rows.items()}
     rows, findings = task.check(rows, sources)
     data = {
         "task": recipe.task,
         "splits": {
-            name: {"source": sources[name], "rows_read": read_counts[name], "rows": len(rows[name])} for name in rows
+            name: {
+                "source": sources[name],
+                "rows_read": read_counts[name],
+                "rows": len(table),
+                "fingerprint": _fingerprint(table, [*task.inputs, "label"]),
+            }
+            for name, table in rows.items()
         },
         **task.profile(rows),
         "findings": [finding.as_dict() for finding in findings],
@@ -65,6 +81,22 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
         say = console.warn if finding.level == "warning" else lambda text: console.line(f"  - {text}")
         say(f"{finding.split}: {finding.count} x {finding.kind}: {finding.did}")
     return rows, data
+
+
+def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
+    try:
+        return split.hold_out(train, fraction, recipe.all_seeds()[0], multi_label=bool(recipe.multi_label))
+    except DataError:
+        type(task).from_recipe(recipe).check({"train": train}, {"train": source})  # may know better what is wrong
+        raise
+
+
+def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
+    """BLAKE2b over what the task reads: equal only for equal rows in the same order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for values in zip(*(rows[name] for name in columns if name in rows.column_names), strict=True):
+        digest.update(json.dumps(values).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def setting_of(
@@ -137,6 +169,10 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
         loaded = setting.load()
         full, chosen = trial.resolved(setting, strategy, loaded)
         trial.rehearse(full, loaded)
+        for stage in full.stages:
+            _check_arguments(
+                setting.recipe, f"strategy {full.name}, stage {stage.name}", stage.model_dump(include=_CHECKED)
+            )
         resolved.append(full)
         defaults += [f"strategy.{number}.{path}" for path in chosen]
         console.line(f"  {full.name}" + (f": {full.title}" if full.title else ""))
@@ -147,6 +183,24 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
                 chosen_here = {path.rpartition(".")[2] for path in chosen if path.startswith(f"stages.{at}.rules.{n}.")}
                 console.line(f"       {_say_rule(rule, chosen_here)}", "dim")
     return resolved, defaults
+
+
+def _check_arguments(recipe: Recipe, where: str, stage: dict[str, Any]) -> None:
+    """Has TrainingArguments refuse now what it would refuse after the stages before.
+
+    Raises:
+        RecipeError: a value is none that it knows.
+    """
+    keys = {"bf16": recipe.bf16, "fp16": recipe.fp16, **stage}
+    given = {key: value for key, value in keys.items() if value is not None}
+    on_cpu = models.pick_device(recipe.device).type == "cpu"
+    try:
+        TrainingArguments(output_dir=recipe.output, use_cpu=on_cpu, report_to="none", **given)
+        get_reporting_integration_callbacks(recipe.report_to)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(
+            f"{where}: {str(error).splitlines()[0]}", found=given | {"report_to": recipe.report_to}
+        ) from None
 
 
 def _say_rule(rule: Rule, defaults: set[str]) -> str:

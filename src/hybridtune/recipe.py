@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from . import yaml12
 from .errors import RecipeError, nearest, unknown
+
+_NAME = re.compile(r"\w[\w.+ -]{0,79}")  # what stages and strategies are called, and their folders with them
 
 
 class Keys(BaseModel):
     """A group of keys; unknown ones are refused with the nearest known one."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, protected_namespaces=(), coerce_numbers_to_str=True
+        extra="forbid",
+        validate_assignment=True,
+        protected_namespaces=(),
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
     )
 
 
@@ -101,14 +109,22 @@ class Strategy(Keys):
 
     @model_validator(mode="after")
     def _name_the_stages(self) -> Strategy:
+        _refuse_odd_name("name", self.name)
         names: set[str] = set()
         for number, stage in enumerate(self.stages, 1):
             if stage.name is None:
-                stage.name = "-".join(dict.fromkeys(rule.method for rule in stage.rules))
+                stage.name = "-".join(dict.fromkeys(Path(rule.method).stem for rule in stage.rules))
+            _refuse_odd_name(f"stages.{number - 1}.name", stage.name)
             if stage.name in names:
                 stage.name = f"{stage.name}-{number}"
             names.add(stage.name)
         return self
+
+
+def _refuse_odd_name(key: str, name: str) -> None:
+    """Folders are named so."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f'{key}: "{name}" cannot name a folder: use letters, digits, spaces and . + - _')
 
 
 class Data(Keys):
@@ -153,8 +169,8 @@ class Recipe(Training):
     goal: Goal = Field(default_factory=Goal)
     strategy: Any = "lora"
     output: str = "runs/run"
-    seed: int = 0
-    seeds: list[int] | None = Field(None, min_length=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(None, min_length=1)
     max_rows: int | None = Field(None, gt=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     max_length: int | None = Field(None, gt=0)
@@ -178,6 +194,8 @@ class Recipe(Training):
 
     @model_validator(mode="after")
     def _strategies_exist(self) -> Recipe:
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: a seed is listed more than once")
         self.strategies()
         return self
 
@@ -196,6 +214,7 @@ class Recipe(Training):
         if isinstance(source, Recipe):
             asked: dict[str, Any] = source.model_dump(exclude_unset=True)
             asked["data"] = {name: getattr(source.data, name) for name in source.data.model_fields_set}
+            asked["hub_token"] = source.hub_token  # no dump holds it
             where = "the recipe"
         elif isinstance(source, dict):
             asked, where = dict(source), "the recipe"
@@ -203,7 +222,7 @@ class Recipe(Training):
             asked, where = read_recipe(Path(source)), str(source)
         else:
             asked, where = {}, "the recipe"
-        data = asked.get("data")
+        data = keys.pop("data", asked.get("data"))
         if data is not None and not isinstance(data, dict):
             raise RecipeError(
                 f"{where}: data is not a mapping", found=data, expected="train, validation, test, columns"
@@ -212,12 +231,12 @@ class Recipe(Training):
         for name in Data.model_fields:
             if name in keys:
                 data[name] = keys.pop(name)
-        asked.update({key: value for key, value in keys.items()})
+        asked = {key: value for key, value in {**asked, **keys}.items() if value is not None}
         asked["data"] = data
         try:
             return cls(**asked)
         except ValidationError as error:
-            raise _as_recipe_error(error, where) from None
+            raise _as_recipe_error(error, where, cls) from None
 
     def strategies(self) -> list[Strategy]:
         """Returns the candidates: one strategy, or several that are raced.
@@ -226,13 +245,9 @@ class Recipe(Training):
             RecipeError: a strategy is unknown or cannot be read.
         """
         asked = self.strategy
-        if (
-            isinstance(asked, list)
-            and asked
-            and all(isinstance(item, (dict, Stage)) and "rules" in _keys(item) for item in asked)
-        ):
+        if _are_stages(asked):
             return [_strategy({"name": "custom", "stages": asked})]
-        found = [_strategy(item) for item in (asked if isinstance(asked, list) else [asked])]
+        found = [_strategy(item) for item in (asked if isinstance(asked, (list, tuple)) else [asked])]
         if not found:
             raise RecipeError("strategy: the list is empty", mend="name at least one strategy")
         names = [strategy.name for strategy in found]
@@ -264,7 +279,8 @@ def load_strategy(name: str) -> Strategy:
         RecipeError: there is no such strategy.
     """
     if name.endswith((".yaml", ".yml")):
-        return _strategy({"name": Path(name).stem, **read_recipe(Path(name))})
+        tree = read_recipe(Path(name), "stages: [...]")
+        return _strategy({"name": Path(name).stem, **tree}, name)
     if name not in built_in_strategies():
         raise RecipeError(
             f"strategy: {unknown('strategy', name, built_in_strategies())}",
@@ -272,50 +288,73 @@ def load_strategy(name: str) -> Strategy:
             mend="`hybridtune strategies` lists them",
         )
     text = resources.files(__package__).joinpath("strategies", f"{name}.yaml").read_text("utf-8")
-    return Strategy(name=name, **yaml.safe_load(text))
+    return Strategy(name=name, **yaml12.load(text))
 
 
 def with_values(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Applies `--set key.path=value` to a recipe's dict. Values are YAML.
 
+    `stages.N` are the stages of the one strategy; `strategy.N` is an entry of the list of strategies or of stages. The
+    name of a strategy stands for its stages.
+
     Raises:
-        RecipeError: an assignment has no `=`, or its path leads nowhere.
+        RecipeError: an assignment has no `=`, its path leads nowhere, or its value is not YAML.
     """
     tree = json.loads(json.dumps(tree))
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise RecipeError(f'--set "{assignment}" has no value', expected="key.path=value")
+        try:
+            value = yaml12.load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f'--set "{assignment}": the value is not YAML', found=" ".join(str(error).split())
+            ) from None
         steps = path.strip().split(".")
-        if steps[0] == "stages":
-            steps[0] = "strategy"
-            if isinstance(tree.get("strategy"), str):
-                chosen = load_strategy(tree["strategy"])
-                tree["strategy"] = {"name": chosen.name, **chosen.model_dump(exclude_unset=True, exclude={"name"})}
-            if isinstance(tree.get("strategy"), dict):
-                steps.insert(1, "stages")
+        if steps[0] == "stages" or (steps[0] == "strategy" and len(steps) > 1):
+            steps = _open_strategy(tree, steps, assignment)
         here: Any = tree
         for step in steps[:-1]:
             here = _descend(here, step, assignment)
-        _assign(here, steps[-1], _yaml_value(text), assignment)
+        _assign(here, steps[-1], value, assignment)
     return tree
 
 
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-4 as a string
-            return float(value) if any(c in value for c in ".eE") else value
-        except ValueError:
-            return value
-    return value
+def _open_strategy(tree: dict[str, Any], steps: list[str], assignment: str) -> list[str]:
+    """Puts stages in the place of a strategy's name, where a path leads into it; returns the path from the top."""
+    asked = tree.get("strategy") or Recipe.model_fields["strategy"].default
+    if _are_stages(asked):
+        tree["strategy"] = asked
+        return ["strategy", *steps[1:]]
+    listed = asked if isinstance(asked, list) else [asked]
+    if steps[0] == "stages":
+        if len(listed) != 1:
+            names = ", ".join(str(one.get("name") if isinstance(one, dict) else one) for one in listed)
+            raise RecipeError(
+                f'--set "{assignment}": there are several strategies', found=names, mend=f"strategy.0.{assignment}"
+            )
+        steps = ["strategy", "0", *steps]
+    elif len(listed) == 1 and not re.fullmatch(r"-?\d+", steps[1]):
+        steps = ["strategy", "0", *steps[1:]]
+    at = _index(listed, steps[1], assignment)
+    one = listed[at]
+    if isinstance(one, str) and len(steps) > 2:
+        chosen = load_strategy(one)
+        one = {"name": chosen.name, **chosen.model_dump(exclude_unset=True, exclude={"name"})}
+    elif isinstance(one, dict) and "rules" in one and steps[2:3] == ["stages"]:
+        one = {"name": one.get("name") or "custom", "stages": [one]}
+    tree["strategy"] = [*listed[:at], one, *listed[at + 1 :]]
+    return steps
 
 
 def _descend(here: Any, step: str, assignment: str) -> Any:
     if isinstance(here, list):
         return here[_index(here, step, assignment)]
     if isinstance(here, dict):
-        return here.setdefault(step, {})
+        if here.get(step) is None:
+            here[step] = {}
+        return here[step]
     raise RecipeError(f'--set "{assignment}": "{step}" leads nowhere', found=here)
 
 
@@ -329,20 +368,27 @@ def _assign(here: Any, step: str, value: Any, assignment: str) -> None:
 
 
 def _index(here: list[Any], step: str, assignment: str) -> int:
-    if not step.lstrip("-").isdigit() or not -len(here) <= int(step) < len(here):
+    if not re.fullmatch(r"-?\d+", step) or not -len(here) <= int(step) < len(here):
         raise RecipeError(f'--set "{assignment}": no entry "{step}"', expected=f"a number from 0 to {len(here) - 1}")
-    return int(step)
+    return int(step) % len(here)
 
 
-def _keys(item: dict[str, Any] | Stage) -> Any:
-    return item if isinstance(item, dict) else type(item).model_fields
+def _are_stages(asked: Any) -> bool:
+    """Whether a list is one strategy's stages, not a list of strategies."""
+    return (
+        isinstance(asked, (list, tuple))
+        and bool(asked)
+        and all(isinstance(item, Stage) or (isinstance(item, dict) and "rules" in item) for item in asked)
+    )
 
 
-def _strategy(asked: Any) -> Strategy:
+def _strategy(asked: Any, where: str | None = None) -> Strategy:
     if isinstance(asked, Strategy):
         return asked
-    if isinstance(asked, str):
-        return load_strategy(asked)
+    if isinstance(asked, (str, Path)):
+        return load_strategy(str(asked))
+    if isinstance(asked, Stage):
+        asked = {"name": asked.name or "custom", "stages": [asked]}
     if not isinstance(asked, dict):
         raise RecipeError("strategy: cannot be read", found=repr(asked), expected="a name, stages, or a list of either")
     if "rules" in asked:
@@ -350,10 +396,10 @@ def _strategy(asked: Any) -> Strategy:
     try:
         return Strategy(**{"name": "custom", **asked})
     except ValidationError as error:
-        raise _as_recipe_error(error, f'strategy "{asked.get("name", "custom")}"') from None
+        raise _as_recipe_error(error, where or f'strategy "{asked.get("name", "custom")}"', Strategy) from None
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, expected: str = "model:, task:, data: ...") -> dict[str, Any]:
     """Reads a YAML file of keys.
 
     Raises:
@@ -366,51 +412,68 @@ def read_recipe(path: Path) -> dict[str, Any]:
             mend=f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file",
         )
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml12.load(path.read_text("utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{place}: is not readable YAML",
+            found=error.problem or " ".join(str(error).split()),
+            mend="correct that line",
+        ) from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: is not readable YAML", found=" ".join(str(error).split())) from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: holds no keys", found=type(tree).__name__, expected="model:, task:, data: ...")
-    return _numbers(tree)
+        raise RecipeError(f"{path}: holds no keys", found=type(tree).__name__, expected=expected)
+    return {str(key): value for key, value in tree.items()}
 
 
-def _numbers(tree: Any) -> Any:
-    """Reads 1e-4 as a number in rules' options too, where no type says so (YAML 1.1 leaves it a string)."""
-    if isinstance(tree, dict):
-        return {key: _numbers(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_numbers(value) for value in tree]
-    if isinstance(tree, str) and "e" in tree.lower() and tree[:1].isdigit():
-        try:
-            return float(tree)
-        except ValueError:
-            return tree
-    return tree
-
-
-def _as_recipe_error(error: ValidationError, where: str) -> RecipeError:
+def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) -> RecipeError:
     first = error.errors()[0]
-    path = ".".join(str(step) for step in first["loc"])
+    at = _known_path(first["loc"])
+    path = ".".join(map(str, at))
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"])
-        guess = nearest(str(first["loc"][-1]), known)
+        known = _known_keys(at, root)
+        guess = nearest(str(at[-1]), known)
         return RecipeError(
             f"{where}: unknown key {path}" + (f", did you mean {guess}?" if guess else ""),
             expected=None if guess else ", ".join(known),
+            mend=f"write data: {{{path}: ...}}" if root is Recipe and path in Data.model_fields else None,
         )
     if first["type"] == "missing":
-        return RecipeError(
-            f"{where}: {path} is missing", mend=f"add {path}: ... or --{path.split('.')[-1].replace('_', '-')}"
-        )
+        flag = f" or --{path}" if root is Recipe and len(at) == 1 else ""
+        return RecipeError(f"{where}: {path} is missing", mend=f"add {path}: ...{flag}")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, Exception):
         return RecipeError(f"{where}: {path + ': ' if path else ''}{cause}")
-    return RecipeError(f"{where}: {path} cannot be what it is", found=repr(first.get("input")), expected=first["msg"])
+    # Where a key takes several kinds of values there is an error for each: what got furthest is what was meant.
+    tried = [other for other in error.errors() if _known_path(other["loc"])[: len(at)] == at]
+    deepest = max(tried, key=lambda other: len(_known_path(other["loc"])))
+    at = _known_path(deepest["loc"])
+    wanted = dict.fromkeys(
+        other["msg"].removeprefix("Input should be ") for other in tried if _known_path(other["loc"]) == at
+    )
+    keys = ", ".join(_known_keys((*at, ""), root)) if deepest["type"] == "model_type" else None
+    return RecipeError(
+        f"{where}: {'.'.join(map(str, at))} cannot be what it is",
+        found=repr(deepest.get("input")),
+        expected=f"a mapping with {keys}" if keys else " or ".join(wanted),
+    )
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The keys and numbers of a place; pydantic also names the kinds of values that it tried there."""
+    return tuple(
+        step for step in location if isinstance(step, int) or (re.fullmatch(r"\w+", step) and step not in _KINDS)
+    )
+
+
+_KINDS = {"str", "int", "float", "bool"}
+
+
+def _known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     steps = [step for step in location[:-1] if isinstance(step, str)]
     model: type[BaseModel] = {"data": Data, "goal": Goal, "stages": Stage, "rules": Rule}.get(
-        steps[-1] if steps else "", Recipe
+        steps[-1] if steps else "", root
     )
     return sorted(model.model_fields)

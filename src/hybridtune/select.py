@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import trial
+from .errors import TrainingError
 from .recipe import Strategy
 from .tasks.metrics import mean_and_spread
 from .trial import Setting, Trial
@@ -83,17 +84,28 @@ def race(
         seeds: each candidate runs with each.
         folder: each trial goes into `folder/NAME` (or `NAME-seed-N`).
         begin, end: called around every trial.
+
+    Raises:
+        TrainingError: no candidate could be trained. One that could not drops out of the race.
     """
-    candidates = []
+    candidates, failed = [], {}
     for strategy in strategies:
         trials = []
-        for seed in seeds:
-            begin(strategy.name, seed)
-            name = strategy.name if len(seeds) == 1 else f"{strategy.name}-seed-{seed}"
-            trials.append(trial.run(setting, strategy, seed, folder / name))
-            end(trials[-1])
+        try:
+            for seed in seeds:
+                begin(strategy.name, seed)
+                name = strategy.name if len(seeds) == 1 else f"{strategy.name}-seed-{seed}"
+                trials.append(trial.run(setting, strategy, seed, folder / name))
+                end(trials[-1])
+        except TrainingError as error:
+            failed[strategy.name] = error
+            continue
         candidates.append(Candidate(strategy.name, tuple(trials)))
-    return decide(candidates, setting.metric, setting.direction)
+    if not candidates:
+        raise next(iter(failed.values()))
+    decision = decide(candidates, setting.metric, setting.direction)
+    lost = tuple(f"{name} is out: {error.problem}" for name, error in failed.items())
+    return replace(decision, reasons=decision.reasons + lost)
 
 
 def decide(candidates: Sequence[Candidate], metric: str, direction: str) -> Decision:

@@ -8,49 +8,63 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import os
 import shutil
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from enum import Enum
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 
 from . import checkpoint, tasks
 from . import model as models
+from . import stage as stages
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition, resolve
-from .engine.microbatch import by_length
-from .errors import RecipeError
-from .files import write_json
+from .engine.microbatch import by_length, is_rows
+from .errors import RecipeError, RunError
+from .origin import base_of, new_of
 from .recipe import Stage, Strategy, Training, load_strategy
+from .stage import METRICS, StageLog
 
-# Keys of a stage that are TrainingArguments' own.
-_ARGUMENTS = frozenset(Training.model_fields) - {"early_stopping_patience", "early_stopping_threshold"}
 _NOT_GIVEN = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+
+
+@dataclass
+class Tuned:
+    """What has been put on a model, kept on it as `_hybridtune` for the next trainer to find.
+
+    Attributes:
+        assembly: the model and what is on it.
+        base: what it was loaded from.
+        strategy: the one stage that a trainer without a strategy of its own runs.
+    """
+
+    assembly: Assembly
+    base: Base
+    strategy: Strategy
 
 
 class HybridTrainer(Trainer):
     """A `transformers.Trainer` that takes `strategy=`.
 
     Without a strategy it is Trainer, with one difference: the loss is that of the whole global batch, however it is
-    split (Trainer's own is too large by the number of micro-batches for sequence classification).
+    split (Trainer's own is too large by the number of micro-batches for sequence classification). Rows that Accelerate
+    repeats to fill the last batch of several processes do not count.
 
     Args:
         *args: as Trainer takes them.
@@ -63,7 +77,7 @@ class HybridTrainer(Trainer):
         **kwargs: as Trainer takes them.
 
     Raises:
-        RecipeError, PartError, MethodError: the strategy does not fit the model.
+        RecipeError, PartError, MethodError: the strategy does not fit the model, or other arguments not the strategy.
     """
 
     def __init__(
@@ -79,21 +93,23 @@ class HybridTrainer(Trainer):
         self.assembly: Assembly | None = None
         self.composition: Composition | None = None
         self.strategy: Strategy | None = None
+        self.in_place = False
         self._asked = self.args
+        self._filler: Any = None
         if self.compute_loss_func is None and self.label_smoother is None:
-            task = tasks.for_model(type(self.model).__name__)
-            if task is not None:
-                self.compute_loss_func = task().loss
+            self.compute_loss_func = _exact_loss(self.model)
         self._take_up(strategy)
 
     def _take_up(self, strategy: Any) -> None:
         """Finds what is on the model already, resolves the strategy and remembers the base it starts from."""
-        there = getattr(self.model, "_hybridtune", None)
+        there: Tuned | None = getattr(self.model, "_hybridtune", None)
         if strategy is None and there is None:
             return
-        self.assembly = there.assembly if there else Assembly(self.model, Anatomy(self.model, outside_base(self.model)))
+        self._refuse(there)
+        new = new_of(self.model)
+        self.assembly = there.assembly if there else Assembly(self.model, Anatomy(self.model, new))
         if self.base is None:
-            self.base = there.base if there else base_of(self.model, self.assembly.anatomy.new)
+            self.base = there.base if there else base_of(self.model, new)
         asked = there.strategy if strategy is None and there else _read(strategy)
         given = {
             key: getattr(self.args, key)
@@ -104,6 +120,27 @@ class HybridTrainer(Trainer):
             asked, Training(**given), self.assembly.anatomy, models.width(self.model), stage_defaults={}
         )
         self.in_place = strategy is None
+        written = asked if self.in_place else self.strategy
+        self.manifest = {"strategy": written.model_dump(mode="json", exclude_none=True)} | self.manifest
+
+    def _refuse(self, there: Tuned | None) -> None:
+        """Says what would be trained or saved wrongly, and silently so."""
+        if self.model_init is not None:
+            raise RecipeError("model_init: a strategy is put on one model", mend="give model= instead")
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise RecipeError(
+                "optimizers: a strategy makes its own for every stage, with a group for every rule",
+                mend="give optim and lr_scheduler_type in TrainingArguments, or optimizer_cls_and_kwargs",
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RecipeError(
+                "a strategy cannot be trained under FSDP or DeepSpeed yet", mend="torchrun alone (DDP), or one process"
+            )
+        if there is None and any(hasattr(module, "base_layer") for module in self.model.modules()):
+            raise RecipeError(
+                "strategy: PEFT sits on the model already; a checkpoint could not name what it starts from",
+                mend="load the plain model and give LoRA as a rule: {part: layers, method: lora}",
+            )
 
     def train(
         self,
@@ -114,12 +151,46 @@ class HybridTrainer(Trainer):
         """Runs the stages of the strategy one after the other; without a strategy, trains as Trainer does."""
         if self.strategy is None:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        assert self.assembly is not None
+        first, begun = self._resume_at(resume_from_checkpoint)
+        output = TrainOutput(0, 0.0, {})
         for number, stage in enumerate(self.strategy.stages):
-            with _StageLog(self, number, stage) as log:
-                self._begin(number, stage, log)
-                output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            log = StageLog(self, number, stage)
+            with self._as(stage, log):
+                self._begin(number, stage)
+                if number < first:
+                    checkpoint.read_manifest(log.folder)
+                    checkpoint.load_tensors(log.folder, self.assembly)
+                    continue
+                output = super().train(begun if number == first else None, trial, ignore_keys_for_eval)
             self._end(stage, log)
         return output
+
+    def _resume_at(self, asked: str | bool | None) -> tuple[int, str | None]:
+        """The stage to go on with and its checkpoint (None: from its start); the stages before it are finished.
+
+        Raises:
+            RunError: there is nothing to go on with.
+        """
+        if not asked:
+            return 0, None
+        folders = self.stage_folders
+        if isinstance(asked, (str, Path)):
+            home = Path(asked).resolve().parent
+            at = [number for number, folder in enumerate(folders) if folder.resolve() == home]
+            if not at and not self.in_place:
+                raise RunError(
+                    f"resume_from_checkpoint: {asked} is no checkpoint of this strategy",
+                    expected=f"a checkpoint-N in {' or '.join(map(str, folders))}",
+                )
+            return (at or [0])[0], str(asked)
+        for number, folder in enumerate(folders):
+            if self.in_place or not (folder / METRICS).is_file():
+                whole = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
+                if not whole and number == 0:
+                    raise RunError(f"resume_from_checkpoint: {folder} has no checkpoint", mend="train from the start")
+                return number, str(max(whole, key=lambda c: int(c.name.split("-")[1]))) if whole else None
+        return len(folders), None
 
     def folder_of(self, number: int, stage: Stage) -> Path:
         """Where a stage writes: `output_dir` itself for a model that came with its adapter, else `stages/` in it."""
@@ -132,9 +203,28 @@ class HybridTrainer(Trainer):
         assert self.strategy is not None
         return [self.folder_of(number, stage) for number, stage in enumerate(self.strategy.stages)]
 
-    def _begin(self, number: int, stage: Stage, log: _StageLog) -> None:
+    @contextmanager
+    def _as(self, stage: Stage, log: StageLog) -> Iterator[None]:
+        """Takes the stage's callbacks, and its arguments, off again, also when it is interrupted."""
+        before = list(self.callback_handler.callbacks)
+        self.add_callback(log)
+        if stage.early_stopping_patience is not None:
+            self.add_callback(
+                EarlyStoppingCallback(stage.early_stopping_patience, stage.early_stopping_threshold or 0.0)
+            )
+        try:
+            yield
+        finally:
+            self.callback_handler.callbacks = before
+            self.args = self._asked
+
+    def _begin(self, number: int, stage: Stage) -> None:
         """Puts the stage on the model and gives Trainer its arguments. The seed is set before anything is attached."""
         assert self.assembly is not None
+        assert self.base is not None
+        self.args = stages.arguments_of(
+            self._asked, stage, self.folder_of(number, stage), self.eval_dataset is not None
+        )
         set_seed(self._asked.seed + number)
         if self.accelerator.mixed_precision != "no":  # a stage before has wrapped forward in autocast
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -143,38 +233,71 @@ class HybridTrainer(Trainer):
             parameter.requires_grad_(False)
         for name in self.composition.names:
             self.assembly.parameter(name).requires_grad_(True)
-        self.args = _stage_arguments(self._asked, stage, self.folder_of(number, stage), self.eval_dataset is not None)
         self._train_batch_size = self.args.train_batch_size
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
-        self.add_callback(log)
-        if stage.early_stopping_patience is not None:
-            self.add_callback(
-                EarlyStoppingCallback(stage.early_stopping_patience, stage.early_stopping_threshold or 0.0)
-            )
+        if not self.in_place:
+            again = Strategy(name=stage.name or "stage", stages=[stage.model_copy(update={"previous": "keep"})])
+            self.model._hybridtune = Tuned(self.assembly, self.base, again)
+        for callback in self.callback_handler.callbacks:  # else all stages' curves lie over one another
+            if isinstance(callback, TensorBoardCallback) and not self.in_place:
+                root = os.environ.get("TENSORBOARD_LOGGING_DIR")
+                callback.logging_dir = str(Path(root) / f"{number + 1}-{stage.name}") if root else None
 
-    def _end(self, stage: Stage, log: _StageLog) -> None:
-        """Takes the stage's callbacks off, writes its delta, and removes checkpoints that nobody asked to keep."""
-        self.remove_callback(log)
-        if stage.early_stopping_patience is not None:
-            self.remove_callback(EarlyStoppingCallback)
+    def _end(self, stage: Stage, log: StageLog) -> None:
+        """Writes the stage's delta and metrics, and removes checkpoints that nobody asked to keep."""
+        self.accelerator.wait_for_everyone()  # another process may still be reading the best checkpoint
         if not self.is_world_process_zero():
             return
         if not self.in_place:
             self._write(log.folder, stage=stage.name)
-            if stage.save_total_limit is None and self._asked.save_total_limit is None:
-                for old in log.folder.glob("checkpoint-*"):
-                    shutil.rmtree(old)
         log.write_metrics()
+        if not self.in_place and stage.save_total_limit is None and self._asked.save_total_limit is None:
+            for old in log.folder.glob("checkpoint-*"):
+                shutil.rmtree(old)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
+        func = self.compute_loss_func
+        return func is _squared_error or isinstance(getattr(func, "__self__", None), tasks.Task)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Leaves out the rows that Accelerate repeats to fill the epoch's last batch of several processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = self._own_rows()
+        if not batches or rows is None or not self._exact or not is_rows(batches[-1]):
+            return batches, items
+        own = {key: value[:rows] for key, value in batches[-1].items()}
+        items = self._get_num_items_in_batch([*batches[:-1], own], device)
+        if rows == 0:  # the others wait for this process's gradient
+            own = self._filler = {key: value[:1] for key, value in batches[-1].items()}
+        return [*batches[:-1], own], items
+
+    def _own_rows(self) -> int | None:
+        """How many rows of the epoch's last batch are this process's own; None for other batches."""
+        loader = self.callback_handler.train_dataloader
+        sampler = getattr(loader, "batch_sampler", None)
+        if not isinstance(sampler, BatchSamplerShard) or sampler.num_processes == 1 or sampler.batch_size is None:
+            return None
+        if not sampler.even_batches or sampler.drop_last or not self.accelerator.gradient_state.end_of_dataloader:
+            return None
+        share = loader.total_batch_size // sampler.num_processes
+        left = len(loader.dataset) % loader.total_batch_size
+        return min(max(left - sampler.process_index * share, 0), share) if left else None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """On the CPU, where padding costs as much as tokens do, computes a batch in pieces of similar length.
 
-        Needs the exact loss: where Trainer's own is used, a batch stays whole.
+        Needs the exact loss: where Trainer's or the user's own is used, a batch stays whole.
         """
-        cut = self.args.device.type == "cpu" and self.compute_loss_func is not None and num_items_in_batch is not None
+        if inputs is self._filler:
+            num_items_in_batch = torch.tensor(float("inf"))  # adds nothing
+        cut = self.args.device.type == "cpu" and self._exact and num_items_in_batch is not None
         pieces = by_length(dict(inputs)) if cut else [inputs]
         losses = []
         for number, piece in enumerate(pieces, 1):
@@ -187,10 +310,12 @@ class HybridTrainer(Trainer):
         if self.composition is None or self.optimizer is not None:
             return super().create_optimizer(model)
         assert self.assembly is not None
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, self.model
+        )
         if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(options):
             raise RecipeError(
-                f"optim: {self.args.optim} chooses its parameters itself and cannot train rules with rates of their own",
+                f"optim: {self.args.optim} chooses its parameters itself and cannot give rules rates of their own",
                 expected="an optimizer such as adamw_torch, adamw_torch_fused, sgd or adafactor",
             )
         groups = [
@@ -201,11 +326,13 @@ class HybridTrainer(Trainer):
             }
             for group in self.composition.groups
         ]
-        self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = optimizer_class(groups, **{"lr": self.args.learning_rate, **options})
+        self.optimizer = optimizer
+        return optimizer
 
     def _write(self, folder: Path, **more: Any) -> None:
-        assert self.assembly is not None and self.base is not None
+        assert self.assembly is not None
+        assert self.base is not None
         checkpoint.write(folder, self.assembly, self.base, **self.manifest, **more)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -219,8 +346,9 @@ class HybridTrainer(Trainer):
         self._write(folder)
         if not folder.name.startswith("checkpoint-"):
             self.model.config.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -235,77 +363,42 @@ class HybridTrainer(Trainer):
             return super()._load_best_model()
         return checkpoint.load_tensors(Path(str(self.state.best_model_checkpoint)), self.assembly)
 
-
-class _StageLog(TrainerCallback):
-    """Writes log.jsonl, one object a logged step, and keeps what was evaluated, for metrics.json."""
-
-    def __init__(self, trainer: HybridTrainer, number: int, stage: Stage) -> None:
-        self.trainer, self.stage, self.folder = trainer, stage, trainer.folder_of(number, stage)
-        self.evaluations: list[dict[str, Any]] = []
-        self.metrics: dict[str, Any] = {}
-
-    def __enter__(self) -> _StageLog:
-        self.started = time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def on_log(
+    def push_to_hub(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
         **kwargs: Any,
-    ) -> None:
-        """A logged step, or an evaluation."""
-        logs = logs or {}
-        if "loss" in logs and state.is_world_process_zero:
-            line = {
-                "stage": self.stage.name,
-                "step": state.global_step,
-                "loss": logs["loss"],
-                "learning_rate": logs.get("learning_rate"),
-                "grad_norm": logs.get("grad_norm"),
-                "seconds": round(self.seconds, 3),
-            }
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        values = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-        if values:
-            speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-            self.evaluations.append(
-                {"step": state.global_step, "epoch": state.epoch, **{k: v for k, v in values.items() if k not in speed}}
-            )
+    ) -> Any:
+        """Uploads the model as `save_model` writes it; where a strategy runs, from `output_dir/model`, and no more."""
+        if self.assembly is None:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        before, self.args = self.args, copy.copy(self._asked)
+        self.args.output_dir = str(Path(self._asked.output_dir) / "model")
+        kwargs = {"model_name": str(self.hub_model_id).split("/")[-1], "tags": ["hybridtune"], **kwargs}
+        try:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        finally:
+            self.args = before
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Sums the stage up."""
-        composition, assembly = self.trainer.composition, self.trainer.assembly
-        assert composition is not None and assembly is not None
-        self.metrics = {
-            "name": self.stage.name,
-            "rules": [str(rule) for rule in self.stage.rules],
-            "steps": state.global_step,
-            "seconds": round(self.seconds, 3),
-            "trainable": sum(assembly.parameter(name).numel() for name in composition.names),
-            "best_step": state.best_global_step,
-            "best_metric": state.best_metric,
-            "evaluations": self.evaluations,
-        }
-
-    @property
-    def seconds(self) -> float:
-        """Since the stage began."""
-        return time.perf_counter() - self.started
-
-    def write_metrics(self) -> None:
-        """Writes metrics.json."""
-        write_json(self.folder / "metrics.json", self.metrics)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads the model as it is now, in the background; optimizer states stay here."""
+        if self.assembly is None:
+            return super()._push_from_checkpoint(checkpoint_folder)
+        going_on = getattr(self, "push_in_progress", None)
+        if self.args.hub_strategy == HubStrategy.END or (
+            going_on is not None and not going_on.is_done() and not self.args.hub_always_push
+        ):
+            return None
+        self._finish_current_push()
+        job = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
+        if job is not None:
+            self.push_in_progress = PushInProgress([job])
+        return None
 
 
 def _read(strategy: Any) -> Strategy:
@@ -316,46 +409,21 @@ def _read(strategy: Any) -> Strategy:
     return Strategy(name="custom", stages=list(strategy))
 
 
-def _stage_arguments(asked: TrainingArguments, stage: Stage, folder: Path, evaluates: bool) -> TrainingArguments:
-    """The arguments of one stage: those asked for, with the stage's own in their place."""
-    changes: dict[str, Any] = {key: value for key in _ARGUMENTS if (value := getattr(stage, key)) is not None}
-    changes["output_dir"] = str(folder)
-    changes["learning_rate"] = max(rule.learning_rate or 0.0 for rule in stage.rules)
-    if not evaluates:
-        changes |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    if changes.get("save_strategy") == "no" or changes.get("eval_strategy") == "no":
-        changes["load_best_model_at_end"] = False
-    elif changes.get("load_best_model_at_end") and changes.get("eval_strategy") in ("steps", "epoch"):
-        changes |= {
-            "save_strategy": changes["eval_strategy"],
-            "save_steps": changes.get("eval_steps", asked.save_steps),
-        }
-    if "save_total_limit" not in changes and asked.save_total_limit is None and changes.get("load_best_model_at_end"):
-        changes["save_total_limit"] = 1  # the best and the last
-    if changes.get("max_steps"):
-        changes.setdefault("num_train_epochs", asked.num_train_epochs)
-    arguments = copy.copy(asked)  # dataclasses.replace would reset the accelerator's state
-    for key, value in changes.items():
-        old = getattr(asked, key)
-        setattr(arguments, key, type(old)(value) if isinstance(old, Enum) else value)
-    return arguments
+def _exact_loss(model: nn.Module) -> Any:
+    """The loss of the whole global batch for a model whose task we know, or None: Trainer's own."""
+    task, config = tasks.for_model(type(model).__name__), getattr(model, "config", None)
+    if task is None:
+        return None
+    kind = getattr(config, "problem_type", None)
+    if kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1):  # as transformers decides
+        return _squared_error
+    return task().loss
 
 
-def outside_base(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters outside the base model: taken for new where it is not known what the checkpoint had."""
-    prefix = f"{model.base_model_prefix}."
-    names = [name for name, _ in model.named_parameters()]
-    return [name for name in names if not name.startswith(prefix)] if any(n.startswith(prefix) for n in names) else []
-
-
-def base_of(model: PreTrainedModel, new: Sequence[str], name: str | None = None) -> Base:
-    """Describes the model that a user has loaded by himself, so that a checkpoint can name it."""
-    task = tasks.for_model(type(model).__name__)
-    config = {
-        key: getattr(model.config, key)
-        for key in ("num_labels", "id2label", "label2id", "problem_type")
-        if getattr(model.config, key, None) is not None
-    }
-    return Base(
-        model.name_or_path, None, models.fingerprint(model, new), task.auto_class if task else "AutoModel", config
-    )
+def _squared_error(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """The regression loss of transformers' sequence classifiers, over the items of the global batch."""
+    logits = outputs["logits"].float()
+    total = nn.functional.mse_loss(logits, labels.to(logits).view_as(logits), reduction="sum")
+    return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)

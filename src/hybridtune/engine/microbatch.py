@@ -6,6 +6,8 @@ divided by the number of items of the global batch, the micro-batches' gradients
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 MIN_ROWS = 8
@@ -23,20 +25,34 @@ def by_length(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         padding that all its rows share; the batch itself where it cannot be cut.
     """
     mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or len(mask) < 2 * MIN_ROWS or not bool(mask[:, 0].all()):
+    if mask is None or mask.dim() != 2 or len(mask) < 2 * MIN_ROWS or not is_rows(batch):
+        return [batch]
+    if not bool((mask.cumprod(1) == mask).all()):  # padded on the left, or with holes
         return [batch]
     lengths, order = mask.sum(1).sort()
-    width = mask.shape[1]
     pieces = []
     for start, stop in _cuts(lengths.tolist()):
         rows, longest = order[start:stop], int(lengths[stop - 1])
-        pieces.append(
-            {
-                key: value[rows][:, :longest] if value.dim() > 1 and value.shape[1] == width else value[rows]
-                for key, value in batch.items()
-            }
-        )
+        pieces.append({key: _narrow(key, value[rows], mask.shape[1], longest) for key, value in batch.items()})
     return pieces
+
+
+def is_rows(batch: Any) -> bool:
+    """Whether every entry of a batch has one row for each example."""
+    values = list(batch.values())
+    return all(torch.is_tensor(value) and value.dim() > 0 and len(value) == len(values[0]) for value in values)
+
+
+def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Tensor:
+    """Leaves the shared padding out of what has a column for each token.
+
+    Labels may be as wide by chance (one for each class, or a target text): they lose only what no loss looks at.
+    """
+    if value.dim() < 2 or value.shape[1] != width or key.startswith("decoder_"):
+        return value
+    if key == "labels" and not bool((value[:, longest:] == -100).all()):
+        return value
+    return value[:, :longest]
 
 
 def _cuts(lengths: list[int]) -> list[tuple[int, int]]:

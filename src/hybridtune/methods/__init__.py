@@ -75,17 +75,19 @@ def options_of(method: Method, name: str, given: dict[str, Any]) -> BaseModel:
     Raises:
         RecipeError: an option is unknown or has a value it cannot have.
     """
+    known = method.Options.model_fields
+    for option in given:
+        if option not in known:
+            guess = nearest(option, known)
+            raise RecipeError(
+                f"method {name}: unknown option {option}" + (f", did you mean {guess}?" if guess else ""),
+                expected=", ".join(known) or "no options",
+            )
     try:
         return method.Options(**given)
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(str(step) for step in first["loc"])
-        if first["type"] == "extra_forbidden":
-            guess = nearest(option, method.Options.model_fields)
-            raise RecipeError(
-                f"method {name}: unknown option {option}" + (f", did you mean {guess}?" if guess else ""),
-                expected=", ".join(method.Options.model_fields) or "no options",
-            ) from None
         raise RecipeError(
             f"method {name}: {option} cannot be what it is", found=repr(first.get("input")), expected=first["msg"]
         ) from None
@@ -95,10 +97,11 @@ def _load_file(path: Path) -> Method:
     if not path.is_file():
         raise MethodError(f"method: {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"hybridtune_method_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    missing = [name for name in ("Options", "learning_rate", "claims", "attach") if not hasattr(module, name)]
+    missing = [name for name in ("Options", "learning_rate", "claims", "attach", "detach") if not hasattr(module, name)]
     if missing:
         raise MethodError(
             f"method: {path}: lacks {', '.join(missing)}", mend="see hybridtune/methods/__init__.py for the contract"

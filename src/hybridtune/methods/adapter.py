@@ -107,8 +107,9 @@ def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
         )
     blocks = [block for block in part.blocks if options.placement == "houlsby" or block.kind == "mlp"]
     if not blocks:
+        kinds = "attention or feed-forward" if options.placement == "houlsby" else "feed-forward"
         raise MethodError(
-            f"adapter on {part}: the part has no whole {'attention or ' if options.placement == 'houlsby' else ''}feed-forward block",
+            f"adapter on {part}: the part has no whole {kinds} block",
             expected="layers, layers[...], layers.attention or layers.mlp",
         )
     return [name for block in blocks for name in _attach(model, block, options)]
@@ -135,7 +136,7 @@ def _attach(model: nn.Module, block: Block, options: Options) -> list[str]:
 
 
 def _width(matrix: nn.Module, side: str) -> int:
-    """Width that goes in or out of a matrix: nn.Linear, GPT-2's Conv1D (weight transposed), or PEFT's layer on either."""
+    """Width that goes in or out of a matrix: nn.Linear, GPT-2's Conv1D, or PEFT's layer on either."""
     for name in (f"{side}_features", {"in": "nx", "out": "nf"}[side]):
         if hasattr(matrix, name):
             return int(getattr(matrix, name))

@@ -99,3 +99,5 @@ def detach(model: nn.Module, names: list[str]) -> None:
     for path in _layers(names):
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, model.get_submodule(path).base_layer)
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
+        vars(model).pop("peft_config", None)  # PEFT's note that its layers are there

@@ -27,6 +27,9 @@ Stats = dict[str, np.ndarray]
 class Task(ABC):
     """What a task knows: its columns, its model class, its loss, its predictions and its metrics.
 
+    `columns` holds every column that the task can use with the other names that it commonly has, `required` those that
+    rows must have, `inputs` those that the model reads; `hints` are the names that the user's own columns have.
+
     A task is made from a recipe, learns from the training rows what it has to (the label names, say), and goes into
     the manifest as plain JSON, from which it is made again.
     """
@@ -34,9 +37,10 @@ class Task(ABC):
     name: ClassVar[str]
     auto_class: ClassVar[str]
     columns: ClassVar[dict[str, tuple[str, ...]]]
-    required: ClassVar[tuple[str, ...]]
-    inputs: ClassVar[tuple[str, ...]]
-    metrics: ClassVar[dict[str, str]]
+    required: tuple[str, ...]
+    inputs: tuple[str, ...]
+    metrics: dict[str, str]
+    hints: dict[str, str]
 
     @classmethod
     @abstractmethod

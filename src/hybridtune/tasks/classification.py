@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
 
 from .. import tasks
 from ..data import check
-from ..errors import DataError, ModelError, RecipeError
+from ..data.labels import label_lists
+from ..errors import DataError, ModelError, RecipeError, unknown
 from . import Stats, metrics
 from .metrics import Interval
 
@@ -27,20 +28,13 @@ class Task(tasks.Task):
 
     name = "classification"
     auto_class = "AutoModelForSequenceClassification"
-    columns = {
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("sentence", "sentence1", "message", "content", "review", "premise", "question1", "utterance", "tweet"),
         "text_pair": ("sentence2", "hypothesis", "question2"),
         "label": ("labels", "intent", "class", "category", "target", "sentiment"),
     }
-    required = ("text", "label")
-    inputs = ("text", "text_pair")
-    metrics = {
-        "macro_f1": "maximize",
-        "accuracy": "maximize",
-        "weighted_f1": "maximize",
-        "micro_f1": "maximize",
-        "mcc": "maximize",
-    }
+    required: tuple[str, ...] = ("text", "label")
+    inputs: tuple[str, ...] = ("text",)
 
     def __init__(
         self,
@@ -50,29 +44,52 @@ class Task(tasks.Task):
         template: str | None = None,
         class_weight: str | dict[str, float] | None = None,
         weights: Sequence[float] | None = None,
+        pairs: bool = False,
+        hints: dict[str, str] | None = None,
     ) -> None:
         self.labels, self.multi_label, self.template = list(labels), multi_label, template
         self.class_weight, self.weights = class_weight, list(weights) if weights else None
-        if multi_label:
-            self.metrics = {
-                key: way for key, way in type(self).metrics.items() if key in ("macro_f1", "accuracy", "micro_f1")
-            }
-        else:
-            self.metrics = {key: way for key, way in type(self).metrics.items() if key != "micro_f1"}
+        self.hints = dict(hints or {})
+        self._take_pairs(pairs)
+        names = ("macro_f1", "accuracy", "micro_f1") if multi_label else ("macro_f1", "accuracy", "weighted_f1", "mcc")
+        self.metrics = dict.fromkeys(names, "maximize")
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Task:
-        """Reads multi_label, template and class_weight."""
-        if recipe.template is not None and not re.search(r"\{text\}", recipe.template):
+        """Reads multi_label, template, class_weight and the columns' names."""
+        if recipe.template is not None and "{text}" not in recipe.template:
             raise RecipeError(
                 "template: has no place for the text", found=recipe.template, expected="such as: 'Message: {text}'"
             )
-        return cls(multi_label=bool(recipe.multi_label), template=recipe.template, class_weight=recipe.class_weight)
+        return cls(
+            multi_label=bool(recipe.multi_label),
+            template=recipe.template,
+            class_weight=recipe.class_weight,
+            hints=recipe.data.columns,
+        )
+
+    def _take_pairs(self, pairs: bool) -> None:
+        """Whether a row is a pair of texts: then both are needed, else a second text is no matter."""
+        self.pairs = pairs
+        self.inputs = ("text", "text_pair") if pairs else ("text",)
+        self.required = (*self.inputs, "label")
 
     def check(
         self, splits: dict[str, Dataset], sources: dict[str, str]
     ) -> tuple[dict[str, Dataset], list[check.Finding]]:
         """Checks rows and labels; learns the label names and, where asked for, their weights."""
+        self._take_pairs("text_pair" in splits["train"].column_names)
+        for name, rows in splits.items():
+            if self.pairs and "text_pair" not in rows.column_names:
+                raise DataError(
+                    f"{sources[name]} ({name}): there is no column for text_pair, but train has one",
+                    found=", ".join(column for column in rows.column_names if column != "_row"),
+                    mend="give every file both texts, or none",
+                )
+            if not self.pairs and "text_pair" in rows.column_names:
+                splits = {**splits, name: rows.remove_columns("text_pair")}
+        if self.template is not None and "{text_pair}" in self.template and not self.pairs:
+            raise RecipeError("template: has a place for text_pair, but rows are no pairs", found=self.template)
         splits, findings = check.check_classification(splits, sources=sources, multi_label=self.multi_label)
         if not self.labels:
             self.labels = check.label_names(splits["train"], self.multi_label)
@@ -90,9 +107,12 @@ class Task(tasks.Task):
         if self.class_weight == "balanced":
             return [float(counts.sum() / (len(self.labels) * count)) for count in np.maximum(counts, 1)]
         assert isinstance(self.class_weight, dict)
-        stray = [name for name in self.class_weight if name not in map(str, self.labels)]
-        if stray:
-            raise RecipeError(f"class_weight: no such label {stray[0]!r}", expected=", ".join(map(str, self.labels)))
+        known = [str(name) for name in self.labels]
+        for name, weight in self.class_weight.items():
+            if name not in known:
+                raise RecipeError(f"class_weight: {unknown('label', name, known)}", expected=", ".join(known))
+            if weight < 0:
+                raise RecipeError(f"class_weight: {name} has a weight below zero", found=weight)
         return [float(self.class_weight.get(str(name), 1.0)) for name in self.labels]
 
     def state(self) -> dict[str, Any]:
@@ -104,6 +124,8 @@ class Task(tasks.Task):
             "template": self.template,
             "class_weight": self.class_weight,
             "weights": self.weights,
+            "pairs": self.pairs,
+            "hints": self.hints,
         }
 
     @classmethod
@@ -138,8 +160,8 @@ class Task(tasks.Task):
 
     def texts(self, rows: Dataset) -> tuple[list[str], list[str] | None]:
         """The texts (and their pairs) that the tokenizer gets, the template filled in."""
-        pairs = [str(text) for text in rows["text_pair"]] if "text_pair" in rows.column_names else None
-        texts = [str(text) for text in rows["text"]]
+        pairs = [_text(value) for value in rows["text_pair"]] if "text_pair" in rows.column_names else None
+        texts = [_text(value) for value in rows["text"]]
         if self.template is None:
             return texts, pairs
         if pairs is not None and "{text_pair}" in self.template:
@@ -147,14 +169,18 @@ class Task(tasks.Task):
         return [_fill(self.template, text=text) for text in texts], pairs
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
-        """Token ids, unpadded; a pair is truncated at its longer side."""
+        """Token ids, unpadded; a pair is truncated at its longer side. An empty text is one pad token, not none."""
         texts, pairs = self.texts(rows)
         full = tokenizer(texts, pairs, truncation=False, verbose=False)
         encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
         columns: dict[str, Any] = {key: encoded[key] for key in encoded if key in tokenizer.model_input_names}
+        for at in (at for at, ids in enumerate(encoded["input_ids"]) if not ids):
+            fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1}
+            for key in columns:
+                columns[key][at] = [fill.get(key, 0)]
         columns["length"] = [len(ids) for ids in full["input_ids"]]
-        unknown = tokenizer.unk_token_id
-        columns["unknown"] = [ids.count(unknown) if unknown is not None else 0 for ids in full["input_ids"]]
+        unknown_id = tokenizer.unk_token_id
+        columns["unknown"] = [ids.count(unknown_id) if unknown_id is not None else 0 for ids in full["input_ids"]]
         if "label" in rows.column_names:
             columns["labels"] = self._multi_hot(rows).astype(np.float32) if self.multi_label else self._indices(rows)
         return Dataset.from_dict(
@@ -164,25 +190,32 @@ class Task(tasks.Task):
     def _indices(self, rows: Dataset) -> np.ndarray:
         number = {label: index for index, label in enumerate(self.labels)}
         return np.array(
-            [number[self._known(label, row, number)] for label, row in zip(rows["label"], rows["_row"], strict=True)],
+            [
+                number[self._known(labels[0] if labels else None, row, number)]
+                for labels, row in zip(label_lists(rows["label"], False), rows["_row"], strict=True)
+            ],
             dtype=np.int64,
         )
 
     def _multi_hot(self, rows: Dataset) -> np.ndarray:
         number = {label: index for index, label in enumerate(self.labels)}
         hot = np.zeros((len(rows), len(self.labels)), dtype=np.int64)
-        for at, (labels, row) in enumerate(zip(rows["label"], rows["_row"], strict=True)):
-            hot[at, [number[self._known(label, row, number)] for label in check.split_labels(labels)]] = 1
+        for at, (labels, row) in enumerate(zip(label_lists(rows["label"], True), rows["_row"], strict=True)):
+            hot[at, [number[self._known(label, row, number)] for label in labels]] = 1
         return hot
 
     def _known(self, label: Any, row: int, number: dict[Any, int]) -> Any:
         """The label as the model knows it: a file of text gives "3" where the model was trained on 3."""
+        if label is None:
+            raise DataError(f"row {row}: the row has no label", mend="label it, or take it out of the file")
+        if isinstance(label, list):
+            raise DataError(f"row {row}: the label is a list", found=label, expected="one label a row")
         if label in number:
             return label
         same = [known for known in self.labels if str(known) == str(label).strip()]
         if not same:
             raise DataError(
-                f"row {row}: unknown label {label!r}",
+                f"row {row}: {unknown('label', str(label), map(str, self.labels))}",
                 expected=", ".join(map(str, self.labels))[:300],
                 mend="correct the row, or tune with rows of that label",
             )
@@ -312,11 +345,11 @@ class Task(tasks.Task):
             gold, predicted = np.unravel_index(at, matrix.shape)
             if matrix[gold, predicted] == 0:
                 break
-            hits = np.flatnonzero((stats["gold"] == gold) & (stats["predicted"] == predicted))
+            found_at = np.flatnonzero((stats["gold"] == gold) & (stats["predicted"] == predicted)).tolist()
             name = str(self.labels[predicted])
-            hits = sorted(hits, key=lambda row: -scores[row]["scores"][name])[:3]
+            hits = sorted(found_at, key=lambda row: -scores[row]["scores"][name])[:3]
             examples = [
-                {"row": numbers[int(h)], "text": texts[int(h)][:300], "score": scores[h]["scores"][name]} for h in hits
+                {"row": numbers[hit], "text": texts[hit][:300], "score": scores[hit]["scores"][name]} for hit in hits
             ]
             worst.append(
                 {
@@ -327,6 +360,10 @@ class Task(tasks.Task):
                 }
             )
         return {**found, "worst": worst}
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or value != value else str(value)  # NaN is not itself
 
 
 def _fill(template: str, **values: str) -> str:
