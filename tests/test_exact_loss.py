@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -41,6 +42,7 @@ CASES: dict[str, tuple[int, int, bool, list[float] | None, Any]] = {
     "two stages": (22, 2, False, None, TWO_STAGES),
 }
 SPLITS = [(8, 1), (1, 8), (2, 4)]
+PROCESSES = [(name, 4, 1) for name in CASES] + [(name, 2, 2) for name in ("last batch of 6", "last batch of 1")]
 
 
 class Recorder(hf.TrainerCallback):
@@ -62,7 +64,7 @@ def arguments(folder: Path, batch: int = 8, accumulation: int = 1, **more: Any) 
         "output_dir": str(folder),
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": 2,
+        "num_train_epochs": 1,
         "learning_rate": 0.1,
         "optim": "sgd",
         "logging_steps": 1,
@@ -93,13 +95,17 @@ def train_case(name: str, folder: Path, batch: int, accumulation: int) -> dict[s
     )
     trainer.remove_callback(hf.PrinterCallback)
     trainer.train()
-    weights_now = {key: value.detach().clone() for key, value in model.named_parameters()}
-    return {"losses": seen.losses, "norms": seen.norms, "weights": weights_now}
+    return {"losses": seen.losses, "norms": seen.norms, "weights": weights_of(model)}
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the weights as they are now."""
+    return {key: value.detach().clone() for key, value in model.named_parameters()}
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Losses, gradient norms and final weights agree to 1e-6."""
-    assert len(expected["losses"]) >= 2
+    assert len(found["losses"]) == len(expected["losses"]) >= 1
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-6, rel=0)
     assert found["norms"] == pytest.approx(expected["norms"], abs=1e-6, rel=1e-6)
     assert list(found["weights"]) == list(expected["weights"])
@@ -126,7 +132,7 @@ def test_accumulation_changes_nothing(
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what `main` below has written in two processes."""
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
     done = subprocess.run(
         [*command, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(folder)],
@@ -142,13 +148,13 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def main(folder: Path) -> None:
     """Runs every case in this process of several, and writes what came of it."""
-    for name in CASES:
-        for batch, accumulation in ((4, 1), (2, 2)):
-            home = folder / f"{name} {batch}x{accumulation}"
-            found = train_case(name, home, batch, accumulation)
-            rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            torch.save(found, folder / f"{home.name}.{rank}.pt")
-            (folder / f"world.{rank}.json").write_text(json.dumps({"size": size, "process": os.getpid()}))
+    gc.freeze()
+    for name, batch, accumulation in PROCESSES:
+        home = folder / f"{name} {batch}x{accumulation}"
+        found = train_case(name, home, batch, accumulation)
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        torch.save(found, folder / f"{home.name}.{rank}.pt")
+        (folder / f"world.{rank}.json").write_text(json.dumps({"size": size, "process": os.getpid()}))
 
 
 def test_two_processes_really_ran(two_processes: Path) -> None:
@@ -157,11 +163,12 @@ def test_two_processes_really_ran(two_processes: Path) -> None:
     assert worlds[0]["process"] != worlds[1]["process"]
 
 
-@pytest.mark.parametrize("split", ["4x1", "2x2"])
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_change_nothing(name: str, split: str, two_processes: Path, whole: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "batch", "accumulation"), PROCESSES)
+def test_two_processes_change_nothing(
+    name: str, batch: int, accumulation: int, two_processes: Path, whole: dict[str, Any]
+) -> None:
     """The rows that Accelerate repeats to fill the last batch do not count."""
-    found = [torch.load(two_processes / f"{name} {split}.{rank}.pt") for rank in range(2)]
+    found = [torch.load(two_processes / f"{name} {batch}x{accumulation}.{rank}.pt") for rank in range(2)]
     check_equal(found[0], whole[name])
     for key, value in found[0]["weights"].items():
         assert torch.equal(value, found[1]["weights"][key]), f"{key} differs between the processes"
@@ -175,7 +182,7 @@ def test_two_processes_write_one_delta(two_processes: Path) -> None:
         "metrics.json",
         "log.jsonl",
     }
-    assert len((stage / "log.jsonl").read_text().splitlines()) == 6
+    assert [json.loads(line)["step"] for line in (stage / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 def test_plain_trainer_doubles_the_loss(tmp_path: Path) -> None:
@@ -392,10 +399,10 @@ class TestPieces:
                 callbacks=[seen],
             )
             trainer.train()
-            return {"losses": seen.losses, "norms": seen.norms, "weights": dict(model.named_parameters())}
+            return {"losses": seen.losses, "norms": seen.norms, "weights": weights_of(model)}
 
         check_equal(run(counted), run(lambda batch: [batch]))
-        assert cut >= 4
+        assert cut >= 2
 
     @pytest.mark.parametrize("batch", [4, 32])
     def test_a_loss_of_the_users_own_is_never_cut(self, batch: int, tmp_path: Path) -> None:

@@ -124,8 +124,13 @@ def save_pretrained(folder: Path, name: str = "bert", seed: int = 0, **config: o
 
 
 def save_body(folder: Path, name: str = "bert", seed: int = 0) -> Path:
-    """Writes a tiny model without its head, as pretrained models come, and its tokenizer."""
-    classifier(name, seed).base_model.save_pretrained(folder)
+    """Writes a tiny model without its head, as pretrained models come, and its tokenizer.
+
+    Its weights are ten times as large as random ones are at first, so that what is added to them shows in the logits.
+    """
+    body = classifier(name, seed).base_model
+    shake(body.parameters(), by=0.2, seed=seed)
+    body.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -20,7 +20,7 @@ from . import environment, evaluate, export, predict, prepare, report, select, t
 from . import model as models
 from .console import Console
 from .data import read
-from .errors import DataError, HybridtuneError, RecipeError, RunError, unknown
+from .errors import DataError, HybridtuneError, RecipeError, RunError, UserError, unknown
 from .files import disk_errors, read_json, write_json, write_text
 from .recipe import Recipe, Strategy
 from .select import Decision
@@ -149,9 +149,14 @@ class Run:
         """decision.json."""
         return dict(read_json(self.folder / "decision.json"))
 
-    def predict(self, rows: Sequence[Any]) -> list[dict[str, Any]]:
-        """Predicts rows: dicts of the task's columns, or bare strings where one text is all."""
-        return self.predictor.predict(rows)
+    def predict(self, rows: Sequence[Any], columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        """Predicts rows: dicts of the task's columns, or bare strings where one text is all.
+
+        Args:
+            rows: a list of them, a `datasets.Dataset` or a pandas frame.
+            columns: what the columns are called, where they are not called as in training: {"text": "message"}.
+        """
+        return self.predictor.predict(rows, columns)
 
     def push_to_hub(self, name: str | None = None, private: bool | None = None, token: str | None = None) -> None:
         """Uploads `model/` to the hub.
@@ -349,10 +354,11 @@ def _race(setting: Setting, folder: Path, console: Console) -> Decision:
     try:
         with disk_errors(folder):
             decision = select.race(setting, strategies, seeds, folder / "trials", begin, end)
-    except Exception:
-        logs = [*folder.glob("trials/*/stages/*/log.jsonl"), *folder.glob("trials/*/" + trial.RESULT)]
-        if not any(log.stat().st_size for log in logs):  # nothing was trained: the mended call shall find it as it was
-            _clear(folder)
+    except UserError:
+        trained = [*folder.glob(f"trials/*/{trial.RESULT}"), *folder.glob("trials/*/stages/*/checkpoint-*")]
+        logs = folder.glob("trials/*/stages/*/log.jsonl")
+        if not trained and not any(log.stat().st_size for log in logs):
+            _clear(folder)  # so that the mended call finds the output as this one has
         raise
     write_json(folder / "decision.json", decision.as_dict())
     console.line(f"  chosen: {decision.chosen.strategy}" + "".join(f"\n    {reason}" for reason in decision.reasons))

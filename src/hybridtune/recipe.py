@@ -473,7 +473,5 @@ _KINDS = {"str", "int", "float", "bool"}
 
 def _known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     steps = [step for step in location[:-1] if isinstance(step, str)]
-    model: type[BaseModel] = {"data": Data, "goal": Goal, "stages": Stage, "rules": Rule}.get(
-        steps[-1] if steps else "", root
-    )
-    return sorted(model.model_fields)
+    groups: dict[str, type[BaseModel]] = {"data": Data, "goal": Goal, "stages": Stage, "rules": Rule}
+    return sorted(groups.get(steps[-1] if steps else "", root).model_fields)

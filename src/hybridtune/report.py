@@ -8,10 +8,10 @@ plain HTML and SVG; only a confusion matrix too large for a table brings plotly,
 from __future__ import annotations
 
 import base64
+import glob
 import gzip
 import json
 import math
-import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +21,7 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from .errors import RunError
+from .files import write_text
 
 TABLE_LABELS = 16  # a confusion matrix up to this size is a table with its numbers, beyond it a plotly heat map
 MATRIX_LABELS = 150  # beyond this, only the labels with most mistakes are drawn
@@ -44,15 +45,8 @@ def write_report(run: Path, *, include_texts: bool | None = None) -> Path:
     recipe = _recipe(run := Path(run))
     texts = recipe.get("include_texts") is not False if include_texts is None else include_texts
     page = _environment().get_template("report.html.j2").render(_facts(run, recipe, texts))
-    path, temporary = run / "report.html", run / f".report.html.{os.getpid()}"
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = run / "report.html"
+    write_text(path, page)
     return path
 
 
@@ -70,7 +64,7 @@ def _facts(run: Path, recipe: dict[str, Any], texts: bool) -> dict[str, Any]:
     baselines.sort(key=lambda entry: _rank(entry["score"], falls))
     candidates.sort(key=lambda entry: (not entry["chosen"], _rank({"value": entry["validation"].get(metric)}, falls)))
     for entry in candidates:
-        folder = run if entry["chosen"] else run / "trials" / str(entry["strategy"])
+        folder = run if entry["chosen"] else _trial(run, str(entry["strategy"]))
         entry["score"], entry["curves"] = entry["metrics"].get(metric), _curves(folder, metric)
     matrix = _matrix(evaluation.get("confusion"))
     return {
@@ -91,6 +85,12 @@ def _facts(run: Path, recipe: dict[str, Any], texts: bool) -> dict[str, Any]:
         "plotly": _plotly() if matrix and len(matrix["labels"]) > TABLE_LABELS else None,
         "nonce": secrets.token_urlsafe(16),
     }
+
+
+def _trial(run: Path, strategy: str) -> Path:
+    """Where a candidate was trained; of several seeds the first."""
+    trials = run / "trials"
+    return next(iter(sorted(trials.glob(f"{glob.escape(strategy)}-seed-*"))), trials / strategy)
 
 
 def _recipe(run: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _candidates(recipe: dict[str, Any], decision: dict[str, Any], evaluation: di
     listed = recipe["strategy"] if isinstance(recipe.get("strategy"), list) else []
     asked = [one for one in listed if isinstance(one, dict) and "stages" in one]
     titles = {str(one.get("name")): one.get("title") for one in asked}
-    chosen = decision.get("chosen") or (list(titles)[0] if len(titles) == 1 else None)
+    chosen = decision.get("chosen") or (next(iter(titles)) if len(titles) == 1 else None)
     joined: dict[str, dict[str, Any]] = {}
     tested = [{**one, "test_spread": one.get("spread"), "spread": None} for one in evaluation.get("candidates") or []]
     for entry in [*({"strategy": name} for name in titles), *(decision.get("candidates") or []), *tested]:

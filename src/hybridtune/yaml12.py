@@ -6,7 +6,7 @@ In 1.1 `learning_rate: 1e-4` is a text, `eval_strategy: no` is false, and `outpu
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -25,7 +25,7 @@ _VALUES = {  # tag: pattern, first characters
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Puts quotes around every text that a reader of 1.1 or of 1.2 would take for something else."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012
         first: list(known) for first, known in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 

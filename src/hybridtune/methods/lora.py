@@ -70,7 +70,10 @@ def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
             f"lora on {part}: no matrix is left there for it",
             expected="a part with linear layers, such as layers or layers.attention",
         )
+    noted = hasattr(model, "peft_config")
     inject_adapter_in_model(config(options, list(part.matrices)), model, ADAPTER_NAME)
+    if not noted:
+        del model.peft_config  # the next rule would get a warning for it
     inside = tuple(f"{name}.lora_" for name in part.matrices)
     return [name for name, _ in model.named_parameters() if name.startswith(inside)]
 
@@ -99,5 +102,3 @@ def detach(model: nn.Module, names: list[str]) -> None:
     for path in _layers(names):
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, model.get_submodule(path).base_layer)
-    if not any(".lora_" in name for name, _ in model.named_parameters()):
-        vars(model).pop("peft_config", None)  # PEFT's note that its layers are there
