@@ -330,18 +330,22 @@ SHIPPED: dict[str, tuple[str | Callable[[Path], Path], list[Rule], export.Kind]]
     "no pad token": (without_pad, [LORA], "checkpoint"),
 }
 PLAIN = """
-import json, sys
+import json, sys, traceback
 sys.modules["hybridtune"] = None  # importing it fails
 import torch
 jobs, ids, mask = json.loads(sys.stdin.read())
 batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 for snippet, out in jobs:
     names = {}
-    exec(snippet, names)
-    with torch.no_grad():
-        logits = names["model"](**batch).logits
-    names["tokenizer"](["a b"])
-    json.dump([logits.double().tolist(), type(names["model"]).__name__, names["model"].training], open(out, "w"))
+    try:
+        exec(snippet, names)
+        with torch.no_grad():
+            logits = names["model"](**batch).logits.double().tolist()
+        names["tokenizer"](["a b"])
+        found = [logits, type(names["model"]).__name__, names["model"].training]
+    except Exception:
+        found = traceback.format_exc()
+    json.dump(found, open(out, "w"))
 """
 OURS = """
 import json, sys
@@ -370,7 +374,7 @@ def in_a_new_process(code: str, jobs: list[tuple[str, str]]) -> None:
 @pytest.fixture(scope="module")
 def shipped(
     tmp_path_factory: pytest.TempPathFactory, bases: Callable[[str], Path]
-) -> dict[str, tuple[Tuned, Path, list[object]]]:
+) -> dict[str, tuple[Tuned, Path, list[object] | str]]:
     """All of SHIPPED, handed over and loaded by its own snippet where hybridtune cannot be imported."""
     home, ready, jobs = tmp_path_factory.mktemp("shipped"), {}, []
     for number, (name, (base, rules, kind)) in enumerate(SHIPPED.items()):
@@ -390,10 +394,11 @@ def shipped(
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_was_handed_over_loads_without_hybridtune(
-    name: str, shipped: dict[str, tuple[Tuned, Path, list[object]]]
+    name: str, shipped: dict[str, tuple[Tuned, Path, list[object] | str]]
 ) -> None:
-    tuned, folder, (logits, model_class, training) = shipped[name]
-    kind = SHIPPED[name][2]
+    tuned, folder, found = shipped[name]
+    assert not isinstance(found, str), found
+    (logits, model_class, training), kind = found, SHIPPED[name][2]
     assert not training
     assert str(model_class).startswith("PeftModel") == (kind == "adapter")
     np.testing.assert_allclose(np.array(logits), tuned.logits, atol=1e-5, rtol=0)
@@ -405,7 +410,7 @@ def test_what_was_handed_over_loads_without_hybridtune(
     assert json.loads((folder / "hybridtune.json").read_text())["kind"] == kind
 
 
-def test_an_adapter_is_small(shipped: dict[str, tuple[Tuned, Path, list[object]]]) -> None:
+def test_an_adapter_is_small(shipped: dict[str, tuple[Tuned, Path, list[object] | str]]) -> None:
     tuned, folder, _ = shipped["lora"]
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
         names = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118
@@ -414,7 +419,7 @@ def test_an_adapter_is_small(shipped: dict[str, tuple[Tuned, Path, list[object]]
 
 @pytest.mark.parametrize("name", ["two ranks", "lora merged", "no pad token"])
 def test_what_was_handed_over_predicts_as_the_stage_does(
-    name: str, shipped: dict[str, tuple[Tuned, Path, list[object]]]
+    name: str, shipped: dict[str, tuple[Tuned, Path, list[object] | str]]
 ) -> None:
     tuned, folder, _ = shipped[name]
     assert export.difference(tuned.folder, folder, ["a b c", "good", "bad new old z"]) <= 1e-5

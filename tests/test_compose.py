@@ -269,6 +269,15 @@ def test_the_same_rule_in_a_later_stage_trains_the_same_parameters_on() -> None:
     assert torch.equal(tiny.logits(made.model), output)
 
 
+@pytest.mark.parametrize("later", ["freeze", "full"])
+def test_a_kept_lora_is_not_trained_on_where_a_later_rule_wins(later: str) -> None:
+    made = assembly()
+    made.begin(stage([("layers", "lora")]))
+    second = made.begin(stage([("layers", "lora"), ("layers[0:2]", later)]))
+    assert bases(second) == set(bert().part("layers[2]").matrices)
+    assert {n for n in second.names if ".lora_" not in n} == (names("layers[0:2]") if later == "full" else set())
+
+
 def test_another_lora_on_kept_matrices_is_refused_with_both_named() -> None:
     made = assembly()
     made.begin(stage([("layers", "lora", {"r": 4})]))

@@ -22,11 +22,13 @@ import tiny
 import torch
 import transformers as hf
 import yaml
+from datasets import Dataset
 
 from hybridtune import checkpoint, select, trial
 from hybridtune import model as models
 from hybridtune.errors import MethodError, ModelError, RecipeError, RunError, TrainingError
-from hybridtune.recipe import Stage, Strategy, load_strategy
+from hybridtune.recipe import Recipe, Stage, Strategy, load_strategy
+from hybridtune.tasks.classification import Task
 from hybridtune.train import HybridTrainer
 from hybridtune.trial import Trial
 
@@ -638,24 +640,38 @@ class TestResume:
 class TestSaving:
     """save_model, whatever the model was loaded from."""
 
-    @pytest.mark.parametrize("has_head", [False, True])
+    @pytest.mark.parametrize("lacks", ["nothing", "head", "head and pooler"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_round_trip(self, build: Build, tmp_path: Path, has_head: bool, dtype: torch.dtype) -> None:
-        """A head that the checkpoint had is part of the base; one that it had not is new."""
+    def test_round_trip(self, build: Build, tmp_path: Path, lacks: str, dtype: torch.dtype) -> None:
+        """A head that the checkpoint had is part of the base; what it had not is new, trained, and saved."""
         model = tiny.classifier("bert").to(dtype)
-        (model if has_head else model.bert).save_pretrained(tmp_path / "base")
+        if lacks == "head and pooler":
+            model.bert.pooler = None
+        (model if lacks == "nothing" else model.bert).save_pretrained(tmp_path / "base")
         tiny.tokenizer().save_pretrained(tmp_path / "base")
         trainer = build([{"rules": [LORA]}], model=load(tmp_path / "base"))
         assert trainer.strategy is not None
-        assert [rule.part for rule in trainer.strategy.stages[0].rules] == ["layers"] if has_head else ["new", "layers"]
+        assert [rule.part for rule in trainer.strategy.stages[0].rules] == (
+            ["layers"] if lacks == "nothing" else ["new", "layers"]
+        )
         trainer.train()
         trainer.save_model()
         folder = tmp_path / "out"
         assert {"delta.safetensors", "manifest.json", "config.json", "tokenizer.json", "stages"} <= {
             file.name for file in folder.iterdir()
         }
-        loaded = checkpoint.load(folder)[0].model
-        assert torch.equal(logits_of(loaded.to(dtype)), logits_of(trainer.model))
+        loaded, assembly, manifest = checkpoint.load(folder)
+        assert torch.equal(logits_of(loaded.model.to(dtype)), logits_of(trainer.model))
+        names = {name for name in assembly.delta if "lora" not in name}
+        assert (
+            names
+            == {
+                "nothing": set(),
+                "head": {"classifier.weight", "classifier.bias"},
+                "head and pooler": HEAD_NAMES,
+            }[lacks]
+        )
+        assert manifest["base"]["name"] == str(tmp_path / "base")
 
     def test_another_base_is_refused(self, build: Build, bodies: Path, tmp_path: Path) -> None:
         shutil.copytree(bodies, tmp_path / "base")
@@ -791,6 +807,66 @@ class TestOffline:
         assert done.returncode == 2, said
         assert "the hub did not give it" in said
         assert "Traceback" not in said
+
+
+class TestTrial:
+    """trial.run: one strategy with one seed."""
+
+    @pytest.fixture
+    def setting(self, tmp_path: Path) -> trial.Setting:
+        """Over a checkpoint without head and pooler: both are new, and both must come back."""
+        body = tiny.classifier("bert").bert
+        body.pooler = None
+        body.save_pretrained(tmp_path / "base")
+        tiny.tokenizer().save_pretrained(tmp_path / "base")
+        task, names = Task(["a", "b"]), ("train", "validation")
+        recipe = Recipe.make(
+            model=str(tmp_path / "base"),
+            task="classification",
+            data={name: f"{name}.csv" for name in names},
+            num_train_epochs=2,
+            device="cpu",
+        )
+        rows = {name: tiny.rows(24, seed=seed) for seed, name in enumerate(names)}
+        encoded = {
+            name: Dataset.from_list([row | {"length": len(row["input_ids"]), "unknown": 0} for row in table])
+            for name, table in rows.items()
+        }
+        loaded = models.load(recipe.model, task.auto_class, **task.model_config())
+        mark = models.fingerprint(loaded.model, loaded.new)
+        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, mark)
+
+    def test_what_it_found_is_what_its_checkpoint_gives(self, setting: trial.Setting, tmp_path: Path) -> None:
+        found = trial.run(setting, load_strategy("lora"), 3, tmp_path / "trial")
+        assert found.seed == 3
+        assert 0 < found.trainable < found.total
+        assert found.seconds > 0
+        assert set(setting.task.metrics) | {"loss"} <= set(found.validation)
+        (stage,) = found.stages
+        model = checkpoint.load(stage)[0].model
+        batch = hf.DataCollatorWithPadding(tiny.tokenizer())(tiny.rows(24, seed=1))
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits, batch["labels"]).item()
+        assert loss == pytest.approx(found.validation["loss"], abs=1e-5)
+        assert not list(stage.glob("checkpoint-*"))
+
+    def test_a_finished_one_is_not_run_again(
+        self, setting: trial.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = trial.run(setting, load_strategy("head"), 0, tmp_path / "trial")
+        monkeypatch.setattr(trial, "HybridTrainer", None)
+        assert trial.run(setting, load_strategy("head"), 0, tmp_path / "trial") == found
+
+    def test_what_an_interrupted_one_left_is_removed(self, setting: trial.Setting, tmp_path: Path) -> None:
+        stray = tmp_path / "trial" / "stages" / "1-head" / "checkpoint-9"
+        stray.mkdir(parents=True)
+        trial.run(setting, load_strategy("head"), 0, tmp_path / "trial")
+        assert not stray.exists()
+
+    def test_the_same_twice(self, setting: trial.Setting, tmp_path: Path) -> None:
+        one, two = (trial.run(setting, load_strategy("lora"), 0, tmp_path / name) for name in "ab")
+        assert one.validation == two.validation
 
 
 class TestRace:

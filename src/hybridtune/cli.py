@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -339,6 +340,8 @@ def _command(as_json: bool) -> Iterator[Console]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:  # what libraries tell developers; `python -W default -m hybridtune.cli` shows it
+        warnings.simplefilter("ignore")
     console = Console(quiet=as_json)
     try:
         yield console

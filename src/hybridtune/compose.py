@@ -187,7 +187,9 @@ class Assembly:
         options = rule.options.model_dump()
         for there in self.attachments:
             if (there.method, there.part, there.options) == (rule.rule.method, rule.part.name, options):
-                return there.parameters
+                lost = [f"{matrix}." for matrix in rule.part.matrices if f"{matrix}.weight" in less]
+                wrapped = tuple(lost) if rule.method.WRAPS else ()
+                return tuple(name for name in there.parameters if not name.startswith(wrapped))
             both_wrap = rule.method.WRAPS and methods.load(there.method).WRAPS
             if both_wrap and (set(rule.claims) - less) & self._claimed_by(there):
                 raise MethodError(

@@ -19,7 +19,7 @@ from .anatomy import Anatomy
 from .checkpoint import MANIFEST, Base
 from .compose import Assembly, resolve
 from .errors import MethodError
-from .origin import base_of
+from .origin import base_of, new_in
 from .recipe import Rule, Stage, Strategy, Training
 from .train import HybridTrainer, Tuned
 
@@ -62,9 +62,8 @@ class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassi
             return _tuned(Path(name), kwargs.get("dtype", kwargs.get("torch_dtype", "auto")))
         asked = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(models.locate(str(name)), *args, output_loading_info=True, **kwargs)
-        mismatched = {item[0] if isinstance(item, (tuple, list)) else item for item in info.get("mismatched_keys", ())}
         model.add_adapter = MethodType(_add_adapter, model)
-        model._hybridtune_new = tuple(sorted({*info["missing_keys"], *mismatched}))
+        model._hybridtune_new = tuple(new_in(info))
         model._hybridtune_name = str(name)
         return (model, info) if asked else model
 

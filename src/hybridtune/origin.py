@@ -2,68 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from . import model as models
 from . import tasks
 from .checkpoint import Base
 from .errors import ModelError
-from .files import read_json
 
 
 def new_of(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that the checkpoint did not have, for a model that a user has loaded by himself.
-
-    Known where our Auto classes have loaded it; else those outside the base model that its files lack.
-    """
+    """Names of the parameters that the checkpoint did not have: taken for new are all outside the base model, where
+    neither our Auto classes have loaded it nor its files are here to be looked at."""
     known = getattr(model, "_hybridtune_new", None)
     if known is not None:
         return list(known)
+    _, info = _as_loaded(model)
+    if info is not None:
+        return new_in(info)
     prefix = f"{model.base_model_prefix}."
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if not any(name.startswith(prefix) for name in shapes):
-        return []
-    had = _in_files(model.name_or_path)
-    return [name for name, shape in shapes.items() if not name.startswith(prefix) and had.get(name, ())[1:] != (shape,)]
+    names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if not name.startswith(prefix)] if any(n.startswith(prefix) for n in names) else []
 
 
-def _in_files(name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of what stands in a checkpoint's safetensors files, where they are on this machine."""
-
-    def find(file: str) -> str | None:
-        try:
-            found = cached_file(name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-        except OSError:
-            return None
-        return str(found) if found else None
-
-    if not name:
-        return {}
-    index = find("model.safetensors.index.json")
-    files = sorted(set(read_json(Path(index))["weight_map"].values())) if index else ["model.safetensors"]
-    had = {}
-    for path in filter(None, map(find, files)):
-        with safe_open(path, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                piece = tensors.get_slice(key)
-                had[key] = (str(piece.get_dtype()), tuple(piece.get_shape()))
-    return had
+def new_in(info: dict[str, Any]) -> list[str]:
+    """Names that transformers' loading info reports as missing, or as there in another shape."""
+    mismatched = (item[0] if isinstance(item, (tuple, list)) else item for item in info.get("mismatched_keys", ()))
+    return sorted({*info["missing_keys"], *mismatched})
 
 
 def base_of(model: PreTrainedModel, new: Sequence[str]) -> Base:
-    """Describes the model that a user has loaded by himself, so that a checkpoint can name it.
+    """Describes the model, so that a checkpoint can name it.
 
     Raises:
         ModelError: it was rounded when it was loaded, so that no checkpoint can lead back to it.
     """
-    if model.dtype != torch.float32 and "F32" in {kind for kind, _ in _in_files(model.name_or_path).values()}:
+    twin, _ = _as_loaded(model)
+    if twin is not None and twin.dtype == torch.float32 and model.dtype != torch.float32:
         raise ModelError(
             f"model {model.name_or_path}: loaded in {model.dtype}, but its weights are float32",
             mend="load it without dtype=; for training in half precision give TrainingArguments bf16=True",
@@ -77,6 +57,23 @@ def base_of(model: PreTrainedModel, new: Sequence[str]) -> Base:
     name = getattr(model, "_hybridtune_name", model.name_or_path)
     fingerprint = models.fingerprint(_InFloat32(model), new)  # as `models.load` will load it
     return Base(name, None, fingerprint, task.auto_class if task else "AutoModel", config)
+
+
+def _as_loaded(model: PreTrainedModel) -> tuple[PreTrainedModel | None, dict[str, Any] | None]:
+    """The model as its checkpoint has it, without memory, and what loading it says; nothing where it is not here."""
+    if not model.name_or_path:
+        return None, None
+    config = copy.deepcopy(model.config)
+    config.dtype = None  # that of the files then
+    how: dict[str, Any] = {"device_map": "meta", "local_files_only": True, "ignore_mismatched_sizes": True}
+    try:
+        with models._quiet():
+            twin, info = type(model).from_pretrained(
+                model.name_or_path, config=config, dtype="auto", output_loading_info=True, **how
+            )
+    except (OSError, ValueError, TypeError, RuntimeError):
+        return None, None
+    return twin, info
 
 
 class _InFloat32(nn.Module):

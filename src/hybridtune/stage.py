@@ -69,7 +69,7 @@ def arguments_of(asked: TrainingArguments, stage: Stage, folder: Path, evaluates
     return arguments
 
 
-class StageLog(TrainerCallback):
+class StageLog(TrainerCallback):  # type: ignore[misc]
     """Writes log.jsonl, one object a logged step, and metrics.json."""
 
     def __init__(self, trainer: HybridTrainer, number: int, stage: Stage) -> None:

@@ -59,7 +59,7 @@ class Tuned:
     strategy: Strategy
 
 
-class HybridTrainer(Trainer):
+class HybridTrainer(Trainer):  # type: ignore[misc]
     """A `transformers.Trainer` that takes `strategy=`.
 
     Without a strategy it is Trainer, with one difference: the loss is that of the whole global batch, however it is
@@ -79,6 +79,10 @@ class HybridTrainer(Trainer):
     Raises:
         RecipeError, PartError, MethodError: the strategy does not fit the model, or other arguments not the strategy.
     """
+
+    args: TrainingArguments
+    compute_loss_func: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -308,7 +312,7 @@ class HybridTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each learning rate and weight decay of the stage's rules."""
         if self.composition is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+            return super().create_optimizer(model)  # type: ignore[no-any-return]
         assert self.assembly is not None
         optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
             self.args, self.model
@@ -338,9 +342,10 @@ class HybridTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves what was trained or changed, where a strategy runs; checkpoints in a stage do without the tokenizer."""
         if self.assembly is None:
-            return super()._save(output_dir, state_dict)
+            super()._save(output_dir, state_dict)
+            return
         if not self.args.should_save:
-            return None
+            return
         folder = Path(output_dir or self._asked.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
@@ -349,19 +354,20 @@ class HybridTrainer(Trainer):
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads what `_save` has written."""
         if self.assembly is None:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        return checkpoint.load_tensors(Path(resume_from_checkpoint), self.assembly)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoint.load_tensors(Path(resume_from_checkpoint), self.assembly)
 
     def _load_best_model(self) -> None:
         """Loads the best checkpoint of the stage."""
         if self.assembly is None:
-            return super()._load_best_model()
-        return checkpoint.load_tensors(Path(str(self.state.best_model_checkpoint)), self.assembly)
+            super()._load_best_model()
+        else:
+            checkpoint.load_tensors(Path(str(self.state.best_model_checkpoint)), self.assembly)
 
     def push_to_hub(
         self,
@@ -388,17 +394,17 @@ class HybridTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Uploads the model as it is now, in the background; optimizer states stay here."""
         if self.assembly is None:
-            return super()._push_from_checkpoint(checkpoint_folder)
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
         going_on = getattr(self, "push_in_progress", None)
         if self.args.hub_strategy == HubStrategy.END or (
             going_on is not None and not going_on.is_done() and not self.args.hub_always_push
         ):
-            return None
+            return
         self._finish_current_push()
         job = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
         if job is not None:
             self.push_in_progress = PushInProgress([job])
-        return None
 
 
 def _read(strategy: Any) -> Strategy:

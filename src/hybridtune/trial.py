@@ -138,6 +138,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     memory = PeakMemory()
     set_seed(seed)
     loaded = setting.load()
+    loaded.model._hybridtune_new = loaded.new  # type: ignore[assignment]
     strategy, defaults = resolved(setting, strategy, loaded)
     trainer = HybridTrainer(
         loaded.model,
