@@ -168,6 +168,19 @@ class TestSaved:
         )
         assert done.returncode == 0, done.stderr[-2000:]
 
+    def test_save_pretrained(self, trained: HybridTrainer, body: Path, tmp_path: Path) -> None:
+        """The model's own method writes what can be loaded, as many scripts have it; a plain model is saved plainly."""
+        trained.model.save_pretrained(tmp_path / "by model")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "by model")
+        assert torch.equal(logits_of(again), logits_of(trained.model))
+        again.save_pretrained(tmp_path / "once more")
+        third = AutoModelForSequenceClassification.from_pretrained(tmp_path / "once more")
+        assert torch.equal(logits_of(third), logits_of(trained.model))
+        plain = AutoModelForSequenceClassification.from_pretrained(body)
+        plain.save_pretrained(tmp_path / "plain")
+        loaded = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+        assert torch.equal(logits_of(loaded), logits_of(plain))
+
     def test_training_goes_on(self, trained: HybridTrainer, tmp_path: Path) -> None:
         """A reloaded model trains its adapter and head again, and saves and reloads again."""
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")

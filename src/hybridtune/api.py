@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,10 +84,11 @@ def tune(
 
     console.step(3, "strategy")
     plan, defaults = prepare.plan_of(setting, console)
-    _begin(folder, setting, {"environment.json": machine, "data.json": about | lengths}, plan, defaults, resume)
 
     console.step(4, f"tune: {len(plan)} {'strategy' if len(plan) == 1 else 'strategies'}, chosen on validation data")
-    decision = _race(setting, folder, console)
+    with nullcontext() if resume else _left_as_it_was(folder):
+        _begin(folder, setting, {"environment.json": machine, "data.json": about | lengths}, plan, defaults, resume)
+        decision = _race(setting, folder, console)
 
     console.step(5, f"evaluate: {len(rows['test'])} test rows, read by a model for the first time")
     with disk_errors(folder):
@@ -132,7 +133,8 @@ class Run:
     @property
     def model(self) -> torch.nn.Module:
         """The tuned model."""
-        return self.predictor.model
+        model: torch.nn.Module = self.predictor.model
+        return model
 
     @property
     def tokenizer(self) -> Any:
@@ -149,7 +151,7 @@ class Run:
         """decision.json."""
         return dict(read_json(self.folder / "decision.json"))
 
-    def predict(self, rows: Sequence[Any], columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    def predict(self, rows: Iterable[Any], columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
         """Predicts rows: dicts of the task's columns, or bare strings where one text is all.
 
         Args:
@@ -185,7 +187,7 @@ class Run:
             ) from error
 
 
-class _Progress(TrainerCallback):
+class _Progress(TrainerCallback):  # type: ignore[misc]
     """Shows a stage's steps as a bar, and its evaluations as lines."""
 
     def __init__(self, console: Console) -> None:
@@ -326,14 +328,28 @@ def _begin(
     write_text(folder / "recipe.yaml", yaml12.dump(tree))
 
 
+@contextmanager
+def _left_as_it_was(folder: Path) -> Iterator[None]:
+    """Takes back what was written where a mistake shows before anything was trained: the mended call can be made."""
+    try:
+        yield
+    except UserError:
+        trained = [*folder.glob(f"trials/*/{trial.RESULT}"), *folder.glob("trials/*/stages/*/checkpoint-*")]
+        logs = folder.glob("trials/*/stages/*/log.jsonl")
+        if not trained and not any(log.stat().st_size for log in logs):
+            _clear(folder)
+            if folder.resolve() != Path.cwd():
+                with suppress(OSError):  # other files are there
+                    folder.rmdir()
+        raise
+
+
 def _clear(folder: Path) -> None:
     """Removes what a tuning writes, and nothing else that may lie beside it."""
     for name in _OWN_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _OWN_FILES:
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # other files are there, or it is not there
-        folder.rmdir()
 
 
 def _race(setting: Setting, folder: Path, console: Console) -> Decision:
@@ -351,15 +367,8 @@ def _race(setting: Setting, folder: Path, console: Console) -> Decision:
             f"{consoles.memory(done.peak_bytes)}"
         )
 
-    try:
-        with disk_errors(folder):
-            decision = select.race(setting, strategies, seeds, folder / "trials", begin, end)
-    except UserError:
-        trained = [*folder.glob(f"trials/*/{trial.RESULT}"), *folder.glob("trials/*/stages/*/checkpoint-*")]
-        logs = folder.glob("trials/*/stages/*/log.jsonl")
-        if not trained and not any(log.stat().st_size for log in logs):
-            _clear(folder)  # so that the mended call finds the output as this one has
-        raise
+    with disk_errors(folder):
+        decision = select.race(setting, strategies, seeds, folder / "trials", begin, end)
     write_json(folder / "decision.json", decision.as_dict())
     console.line(f"  chosen: {decision.chosen.strategy}" + "".join(f"\n    {reason}" for reason in decision.reasons))
     return decision
@@ -522,7 +531,8 @@ def rows_for_prediction(run: Run, path: Path) -> list[dict[str, Any]]:
 
 def say_prediction(row: Any, prediction: dict[str, Any]) -> str:
     """One line for a person."""
-    shown = row if isinstance(row, str) else " | ".join(str(value) for key, value in row.items() if key != "_row")
+    values = [row] if isinstance(row, str) else [value for key, value in row.items() if key != "_row"]
+    shown = " ".join(" | ".join(map(str, values)).split())
     label = prediction.get("label")
     score = prediction.get("scores", {}).get(str(label))
     return f"{label}" + (f" ({score:.0%})" if score is not None else "") + f"  {shown[:100]}"

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of a model that a run has written.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of the recipe: key.path=value (repeatable).")]
 RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe, as YAML.")]
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="text=NAME or label=NAME (repeatable).")]
 
 
@@ -94,7 +95,7 @@ def tune(
     per_device_train_batch_size: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Several are run and averaged (repeatable).")] = None,
     max_rows: Annotated[int | None, typer.Option(help="Take that many rows of each file, for a smoke run.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    device: Annotated[Device | None, typer.Option(help="auto takes a GPU where there is one.")] = None,
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in that folder.")] = False,
@@ -146,7 +147,7 @@ def predict(
     input_: Annotated[Path | None, typer.Option("--input", help="File of rows.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON Lines, one prediction a row, in the rows' order.")] = None,
     column: Columns = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Predict texts or a file of rows with a tuned model."""
@@ -181,7 +182,7 @@ def evaluate(
         str | None, typer.Option(help="Labelled rows; without it, the run's own evaluation is shown.")
     ] = None,
     column: Columns = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Score a tuned model on labelled rows, with 95% intervals."""

@@ -55,13 +55,13 @@ def _predictions(run: Path) -> tuple[tasks.Task, list[dict[str, Any]]]:
         raise RunError(f"{run}: has no predictions.jsonl", mend="give a run that is finished")
     about = read_json(run / "model" / "hybridtune.json")["task"]
     return tasks.load(about["name"]).from_state(about), [
-        json.loads(line) for line in path.read_text("utf-8").splitlines()
+        json.loads(line) for line in path.read_text("utf-8").split("\n") if line
     ]
 
 
 def _fingerprint(run: Path) -> Any:
     """Of the test rows' texts and labels."""
-    return read_json(run / "data.json")["splits"]["test"]["fingerprint"]
+    return read_json(run / "data.json")["splits"]["test"].get("fingerprint")
 
 
 def _aligned(task: tasks.Task, lines: list[dict[str, Any]]) -> Stats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import IO
@@ -10,6 +11,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+_NUMBER = re.compile(r"([-+]?\d[^\[]*|-?)$")
 
 
 class Console:
@@ -44,14 +47,16 @@ class Console:
         self.line(f"  ! {text}", "yellow")
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]], bold: int | None = None) -> None:
-        """Prints a table; all columns but the first are right-aligned; `bold` is the number of a row to stress."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim", min_width=40)
-        for number, heading in enumerate(headings):
-            table.add_column(Text(heading), justify="left" if number == 0 else "right", no_wrap=True)
+        """Prints a table, no cell cut, columns of numbers to the right; `bold` is the number of a row to stress."""
+        rows = list(rows)
+        table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+        for column, heading in enumerate(headings):
+            numbers = all(_NUMBER.match(row[column]) for row in rows)
+            table.add_column(Text(heading), justify="right" if numbers else "left", no_wrap=True)
         for number, row in enumerate(rows):
             table.add_row(*map(Text, row), style="bold" if number == bold else None)
         width = self._rich.width
-        self._rich.width = max(width, 140) if not self.is_terminal else width
+        self._rich.width = 10_000  # a line that is too long wraps
         self._rich.print(table, soft_wrap=False)
         self._rich.width = width
 

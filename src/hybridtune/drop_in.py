@@ -21,7 +21,7 @@ from .compose import Assembly, resolve
 from .errors import MethodError
 from .origin import base_of, new_in
 from .recipe import Rule, Stage, Strategy, Training
-from .train import HybridTrainer, Tuned
+from .train import HybridTrainer, Tuned, save_pretrained
 
 Trainer = HybridTrainer
 
@@ -62,7 +62,7 @@ class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassi
             return _tuned(Path(name), kwargs.get("dtype", kwargs.get("torch_dtype", "auto")))
         asked = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(models.locate(str(name)), *args, output_loading_info=True, **kwargs)
-        model.add_adapter = MethodType(_add_adapter, model)
+        _bind(model)
         model._hybridtune_new = tuple(new_in(info))
         model._hybridtune_name = str(name)
         return (model, info) if asked else model
@@ -76,12 +76,17 @@ def _tuned(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
         known = (folder / "config.json").is_file()
         dtype = transformers.AutoConfig.from_pretrained(folder).dtype if known else torch.float32
     model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    model.add_adapter = MethodType(_add_adapter, model)
+    _bind(model)
     if strategy is not None:
         last = Strategy(**strategy).stages[-1].model_copy(update={"previous": "keep"})
         again = Strategy(name=str(strategy["name"]), stages=[last])
         model._hybridtune = Tuned(assembly, Base(**manifest["base"]), again)  # type: ignore[assignment]
     return model
+
+
+def _bind(model: Any) -> None:
+    model.add_adapter = MethodType(_add_adapter, model)
+    model.save_pretrained = MethodType(save_pretrained, model)
 
 
 def _add_adapter(

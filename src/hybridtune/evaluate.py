@@ -39,7 +39,7 @@ def score(predictor: predict.Predictor, rows: Dataset) -> Scores:
     task = predictor.task
     encoded = task.encode(rows, predictor.tokenizer, predictor.limit)
     outputs = predict.logits(predictor.model, encoded, predictor.tokenizer, predictor.batch_size)
-    stats = task.row_stats(outputs, np.asarray(encoded["labels"]))
+    stats = task.row_stats(outputs, np.asarray(encoded["labels"][:]))
     intervals = {name: interval.as_dict() for name, interval in task.intervals(stats).items()}
     return Scores(stats, intervals, task.decode(outputs))
 
@@ -103,7 +103,9 @@ def write_predictions(path: Path, rows: Dataset, scores: Scores) -> None:
 
 def _lines(rows: Dataset, scores: Scores) -> list[str]:
     lines = []
-    for at, (number, gold, prediction) in enumerate(zip(rows["_row"], rows["label"], scores.predictions, strict=True)):
+    for at, (number, gold, prediction) in enumerate(
+        zip(rows["_row"][:], rows["label"][:], scores.predictions, strict=True)
+    ):
         stats = {name: values[at].tolist() for name, values in scores.stats.items()}
         line = {"row": number, "gold": gold, **prediction, "stats": stats}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")

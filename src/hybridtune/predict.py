@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Predictor:
     batch_size: int = 32
 
     def predict(
-        self, rows: Sequence[Any] | Dataset | pd.DataFrame, columns: dict[str, str] | None = None
+        self, rows: Iterable[Any] | Dataset | pd.DataFrame, columns: dict[str, str] | None = None
     ) -> list[dict[str, Any]]:
         """Predicts rows given as dicts of the task's columns, or as bare strings where one text is all.
 
@@ -55,9 +55,9 @@ class Predictor:
         """
         if isinstance(rows, (str, dict)):
             raise DataError("predict: a single row was given", expected="a list of rows", mend="predict([row])")
-        if len(rows) == 0:
+        table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self.task.rows_from(list(rows))
+        if len(table) == 0:
             return []
-        table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self.task.rows_from(rows)
         encoded = self.encode(table, columns)
         return self.task.decode(logits(self.model, encoded, self.tokenizer, self.batch_size))
 
@@ -69,7 +69,7 @@ class Predictor:
         hints = {name: column for name, column in {**own, **(columns or {})}.items() if name in wanted}
         table = reading.map_columns(table, "input", "the rows", wanted, hints, inputs).select_columns(inputs)
         for name in inputs:
-            for at, value in enumerate(table[name]):
+            for at, value in enumerate(table[name][:]):
                 if value is None or isinstance(value, (list, dict)):
                     raise DataError(f"row {at + 1}: {name} is " + ("missing" if value is None else "not a text"))
         return self.task.encode(table, self.tokenizer, self.limit)
@@ -92,7 +92,7 @@ def features(
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     def pooled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        hidden = body(**batch).last_hidden_state
+        hidden: torch.Tensor = body(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 

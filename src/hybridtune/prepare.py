@@ -95,8 +95,8 @@ def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction:
 def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
     """BLAKE2b over what the task reads: equal only for equal rows in the same order."""
     digest = hashlib.blake2b(digest_size=16)
-    for values in zip(*(rows[name] for name in columns if name in rows.column_names), strict=True):
-        digest.update(json.dumps(values).encode() + b"\n")
+    for values in zip(*(rows[name][:] for name in columns if name in rows.column_names), strict=True):
+        digest.update(json.dumps(values, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -127,8 +127,8 @@ def setting_of(
     task.prepare(loaded.model, loaded.tokenizer)
     limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
-    lengths = {name: check.length_summary(np.asarray(table["length"]), limit) for name, table in encoded.items()}
-    unknown = {name: sum(table["unknown"]) / max(sum(table["length"]), 1) for name, table in encoded.items()}
+    lengths = {name: check.length_summary(np.asarray(table["length"][:]), limit) for name, table in encoded.items()}
+    unknown = {name: sum(table["unknown"][:]) / max(sum(table["length"][:]), 1) for name, table in encoded.items()}
     size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
     depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in Anatomy(loaded.model).depth.items())
     console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")

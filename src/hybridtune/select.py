@@ -125,6 +125,7 @@ def decide(candidates: Sequence[Candidate], metric: str, direction: str) -> Deci
     if len(best.trials) > 1:
         spread = mean_and_spread([t.validation[metric] for t in best.trials])["std"]
         reasons.append(
-            f"mean of {len(best.trials)} seeds, standard deviation {spread:.4f}; the model is that of seed {taken.seed}, the best on validation data"
+            f"mean of {len(best.trials)} seeds, standard deviation {spread:.4f}; "
+            f"the model is that of seed {taken.seed}, the best on validation data"
         )
     return Decision(best, taken, tuple(candidates), metric, direction, tuple(reasons))

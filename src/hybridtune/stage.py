@@ -104,7 +104,8 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
             TrainingError: the model gives no numbers any more.
         """
         logs = logs or {}
-        if any(math.isnan(value) for key, value in logs.items() if key.endswith("eval_loss")):
+        losses = [value for key, value in logs.items() if key.startswith("eval_") and key.endswith("_loss")]
+        if any(isinstance(loss, float) and math.isnan(loss) for loss in losses):
             raise TrainingError(
                 f"stage {self.stage.name}: the loss on validation data is not a number at step {state.global_step}",
                 mend="lower the learning rate; look at the last lines of " + str(self.folder / LOG),

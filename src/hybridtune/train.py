@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -57,6 +58,19 @@ class Tuned:
     assembly: Assembly
     base: Base
     strategy: Strategy
+
+
+def save_pretrained(model: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+    """Stands in for a tuned model's own `save_pretrained`, whose files no `from_pretrained` could read rightly."""
+    there: Tuned | None = getattr(model, "_hybridtune", None)
+    if there is None:
+        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    elif is_main_process:
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        strategy = there.strategy.model_dump(mode="json", exclude_none=True)
+        checkpoint.write(folder, there.assembly, there.base, strategy=strategy)
+        model.config.save_pretrained(folder)
 
 
 class HybridTrainer(Trainer):  # type: ignore[misc]
@@ -110,10 +124,14 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if strategy is None and there is None:
             return
         self._refuse(there)
-        new = new_of(self.model)
-        self.assembly = there.assembly if there else Assembly(self.model, Anatomy(self.model, new))
-        if self.base is None:
-            self.base = there.base if there else base_of(self.model, new)
+        if there is not None:
+            self.assembly, self.base = there.assembly, self.base or there.base
+        else:
+            new = new_of(self.model)
+            self.assembly, self.base = (
+                Assembly(self.model, Anatomy(self.model, new)),
+                self.base or base_of(self.model, new),
+            )
         asked = there.strategy if strategy is None and there else _read(strategy)
         given = {
             key: getattr(self.args, key)
@@ -243,6 +261,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if not self.in_place:
             again = Strategy(name=stage.name or "stage", stages=[stage.model_copy(update={"previous": "keep"})])
             self.model._hybridtune = Tuned(self.assembly, self.base, again)
+            self.model.save_pretrained = MethodType(save_pretrained, self.model)
         for callback in self.callback_handler.callbacks:  # else all stages' curves lie over one another
             if isinstance(callback, TensorBoardCallback) and not self.in_place:
                 root = os.environ.get("TENSORBOARD_LOGGING_DIR")

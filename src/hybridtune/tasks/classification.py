@@ -160,8 +160,8 @@ class Task(tasks.Task):
 
     def texts(self, rows: Dataset) -> tuple[list[str], list[str] | None]:
         """The texts (and their pairs) that the tokenizer gets, the template filled in."""
-        pairs = [_text(value) for value in rows["text_pair"]] if "text_pair" in rows.column_names else None
-        texts = [_text(value) for value in rows["text"]]
+        pairs = [_text(value) for value in rows["text_pair"][:]] if "text_pair" in rows.column_names else None
+        texts = [_text(value) for value in rows["text"][:]]
         if self.template is None:
             return texts, pairs
         if pairs is not None and "{text_pair}" in self.template:
@@ -192,7 +192,7 @@ class Task(tasks.Task):
         return np.array(
             [
                 number[self._known(labels[0] if labels else None, row, number)]
-                for labels, row in zip(label_lists(rows["label"], False), rows["_row"], strict=True)
+                for labels, row in zip(label_lists(rows["label"][:], False), rows["_row"][:], strict=True)
             ],
             dtype=np.int64,
         )
@@ -200,7 +200,7 @@ class Task(tasks.Task):
     def _multi_hot(self, rows: Dataset) -> np.ndarray:
         number = {label: index for index, label in enumerate(self.labels)}
         hot = np.zeros((len(rows), len(self.labels)), dtype=np.int64)
-        for at, (labels, row) in enumerate(zip(label_lists(rows["label"], True), rows["_row"], strict=True)):
+        for at, (labels, row) in enumerate(zip(label_lists(rows["label"][:], True), rows["_row"][:], strict=True)):
             hot[at, [number[self._known(label, row, number)] for label in labels]] = 1
         return hot
 
@@ -332,7 +332,7 @@ class Task(tasks.Task):
         found["confusion"] = {"labels": self.labels, "matrix": matrix.tolist()}
         np.fill_diagonal(matrix, 0)
         worst = []
-        texts, numbers = self._joined(rows), rows["_row"]
+        texts, numbers = self._joined(rows), rows["_row"][:]
         for at in np.argsort(-matrix, axis=None, kind="stable")[:10]:
             gold, predicted = np.unravel_index(at, matrix.shape)
             if matrix[gold, predicted] == 0:
