@@ -476,10 +476,13 @@ def test_ctrl_c_while_it_trains(home: Path) -> None:
     log = home / "stopped" / "trials" / "lora" / "stages" / "1-lora" / "log.jsonl"
     running = start(home, *words, "--set", "logging_steps=1", "--set", "eval_strategy=no")
     until = time.monotonic() + 100
-    while not (log.is_file() and log.stat().st_size) and running.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    said, complained = running.communicate(timeout=60)
+    try:
+        while not (log.is_file() and log.stat().st_size) and running.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        said, complained = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130, complained
     assert complained == "stopped; what was finished is kept, --resume goes on from there\n"
     assert "Traceback" not in said + complained

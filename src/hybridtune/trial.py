@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -22,6 +18,7 @@ from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, resolve
 from .files import read_json, write_json
+from .memory import PeakMemory
 from .model import Loaded
 from .recipe import Recipe, Strategy, Training
 from .tasks import Task
@@ -135,7 +132,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     if (folder / RESULT).is_file():
         return Trial(**{**read_json(folder / RESULT), "folder": str(folder)})
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted trial has left
-    memory = PeakMemory()
+    memory = PeakMemory(models.pick_device(setting.recipe.device))
     set_seed(seed)
     loaded = setting.load()
     loaded.model._hybridtune_new = loaded.new  # type: ignore[assignment]
@@ -216,35 +213,3 @@ def _metrics(setting: Setting) -> Callable[[EvalPrediction], dict[str, float]]:
         return found | (setting.compute_metrics(prediction) if setting.compute_metrics else {})
 
     return compute
-
-
-class PeakMemory:
-    """Peak memory since this object was made: resident memory on the CPU, allocated memory on CUDA.
-
-    On Linux the kernel's high-water mark (VmHWM) is reset first and heap pages that earlier trials have freed are
-    given back, so that trials in one process can be told apart. Elsewhere CPU memory is not measured.
-    """
-
-    def __init__(self) -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self._before = self._reset() if sys.platform == "linux" else None
-
-    def _reset(self) -> int | None:
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        except (OSError, AttributeError):  # musl, or a container that forbids it
-            return None
-        return self._status("VmRSS")
-
-    def peak(self) -> int | None:
-        """Bytes, or None where it cannot be measured."""
-        if torch.cuda.is_available():
-            return int(torch.cuda.max_memory_allocated())
-        return None if self._before is None else self._status("VmHWM") - self._before
-
-    def _status(self, key: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
