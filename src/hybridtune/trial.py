@@ -159,8 +159,8 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
-    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
-    speed = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+    metrics = {key.removeprefix("eval_"): value for key, value in _evaluated(trainer).items()}
+    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     trial = Trial(
         strategy.name,
         seed,
@@ -174,6 +174,15 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     )
     write_json(folder / RESULT, {key: value for key, value in vars(trial).items() if key != "folder"})
     return trial
+
+
+def _evaluated(trainer: HybridTrainer) -> dict[str, float]:
+    """What was measured on validation data of the weights that were kept."""
+    state = trainer.state
+    for logged in state.log_history:
+        if state.best_model_checkpoint and logged["step"] == state.best_global_step and "eval_loss" in logged:
+            return {key: value for key, value in logged.items() if key.startswith("eval_")}
+    return dict(trainer.evaluate())
 
 
 def training_arguments(setting: Setting, seed: int, folder: Path) -> TrainingArguments:

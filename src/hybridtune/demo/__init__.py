@@ -29,6 +29,7 @@ def recipe(output: Path) -> dict[str, Any]:
         "data": {split: str(HERE / f"{split}.csv") for split in ("train", "validation", "test")},
         "goal": {"maximize": "macro_f1"},
         "strategy": ["head", "lora", "top-full-lora-below"],
+        "num_train_epochs": 3,
         "seed": 0,
         "output": str(output),
     }
