@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 .PHONY: help demo test check format clean
 
 help:
-	@echo "make demo    tune a small real model on support messages, about two minutes"
+	@echo "make demo    tune a small real model on support messages, under two minutes on two cores"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  format the code"

@@ -158,7 +158,7 @@ def test_training_keys_are_those_of_transformers() -> None:
     assert ours <= theirs
     stopping = inspect.signature(hf.EarlyStoppingCallback).parameters
     assert {key for key in Training.model_fields if key not in ours} == set(stopping)
-    passed = {"per_device_eval_batch_size", "bf16", "fp16", "report_to", "dataloader_num_workers", "disable_tqdm"}
+    passed = {"per_device_eval_batch_size", "bf16", "fp16", "report_to", "dataloader_num_workers"}
     passed |= {"seed", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"}
     assert passed <= theirs & set(Recipe.model_fields)
 

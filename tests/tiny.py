@@ -18,13 +18,7 @@ from hybridtune.recipe import Rule
 
 AUTO = "AutoModelForSequenceClassification"
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    *"a b c d e f g h i j k l m n o p q r s t u v w x y z good bad new old".split(),
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz", "good", "bad", "new", "old"]
 _SIZE = {
     "hidden_size": 32,
     "num_hidden_layers": 3,

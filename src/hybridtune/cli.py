@@ -62,7 +62,7 @@ def demo(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Tune a small real model on support messages that ship with the package, in about a minute."""
+    """Tune a small real model on support messages that ship with the package, in under two minutes on two cores."""
     with _command(as_json) as console:
         from . import demo as demonstration
 

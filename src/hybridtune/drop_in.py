@@ -19,7 +19,7 @@ from .anatomy import Anatomy
 from .checkpoint import MANIFEST, Base
 from .compose import Assembly, resolve
 from .errors import MethodError
-from .origin import base_of, new_in
+from .origin import base_of
 from .recipe import Rule, Stage, Strategy, Training
 from .train import HybridTrainer, Tuned, save_pretrained
 
@@ -63,7 +63,7 @@ class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassi
         asked = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(models.locate(str(name)), *args, output_loading_info=True, **kwargs)
         _bind(model)
-        model._hybridtune_new = tuple(new_in(info))
+        model._hybridtune_new = models.new_in(info)
         model._hybridtune_name = str(name)
         return (model, info) if asked else model
 

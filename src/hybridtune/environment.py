@@ -64,6 +64,8 @@ def examine(console: Console) -> dict[str, Any]:
         found["device_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     for key, value in found.items():
         shown = memory(value) if key.endswith("_bytes") else value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{name}{'' if here else ' (not installed)'}" for name, here in value.items())
         console.line(f"  {key.removesuffix('_bytes').replace('_', ' '):<16} {shown}")
     found["notes"] = _notes(found, device)
     for note in found["notes"]:

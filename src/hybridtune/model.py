@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer by hub id, folder or the name of a packaged model; fingerprints it; says what is new."""
+"""Loads a model and its tokenizer by hub id, folder or name of a packaged model; fingerprints it; says what is new."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def load(
         raise _not_found(name, source, error) from None
     tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else load_tokenizer(name, **where)
     try:
-        with _quiet():
+        with quiet():
             model, info = getattr(transformers, auto_class).from_pretrained(
                 source,
                 config=configuration,
@@ -100,9 +100,13 @@ def load(
         raise _not_found(name, source, error) from None
     except OSError as error:
         raise _not_found(name, source, error) from None
-    mismatched = [item[0] if isinstance(item, (tuple, list)) else item for item in info.get("mismatched_keys", [])]
-    new = sorted(set(info["missing_keys"]) | set(mismatched))
-    return Loaded(model.eval(), tokenizer, source, tuple(new))
+    return Loaded(model.eval(), tokenizer, source, new_in(info))
+
+
+def new_in(info: dict[str, Any]) -> tuple[str, ...]:
+    """Names that transformers' loading info reports as missing, or as there in another shape."""
+    mismatched = (item[0] if isinstance(item, (tuple, list)) else item for item in info.get("mismatched_keys", ()))
+    return tuple(sorted({*info["missing_keys"], *mismatched}))
 
 
 def load_tokenizer(
@@ -138,7 +142,7 @@ def load_tokenizer(
 
 
 def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
-    """BLAKE2b over names, shapes, types and bytes of the parameters: equal only for equal weights.
+    """BLAKE2b over names, shapes and bytes of the parameters, as float32: equal only for equal weights.
 
     Args:
         model: the model, as loaded.
@@ -148,9 +152,10 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     for name, parameter in model.named_parameters():
         if name in skip:
             continue
-        tensor = parameter.detach().to("cpu").contiguous()
+        tensor = parameter.detach().to("cpu")
+        tensor = tensor.float().contiguous() if tensor.is_floating_point() else tensor.contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -199,7 +204,7 @@ def pick_device(asked: str) -> torch.device:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Transformers' report of missing weights and its progress bar: `Loaded.new` says the same."""
     from transformers.utils import logging
 

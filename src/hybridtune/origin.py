@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from . import model as models
@@ -24,16 +23,10 @@ def new_of(model: PreTrainedModel) -> list[str]:
         return list(known)
     _, info = _as_loaded(model)
     if info is not None:
-        return new_in(info)
+        return list(models.new_in(info))
     prefix = f"{model.base_model_prefix}."
     names = [name for name, _ in model.named_parameters()]
     return [name for name in names if not name.startswith(prefix)] if any(n.startswith(prefix) for n in names) else []
-
-
-def new_in(info: dict[str, Any]) -> list[str]:
-    """Names that transformers' loading info reports as missing, or as there in another shape."""
-    mismatched = (item[0] if isinstance(item, (tuple, list)) else item for item in info.get("mismatched_keys", ()))
-    return sorted({*info["missing_keys"], *mismatched})
 
 
 def base_of(model: PreTrainedModel, new: Sequence[str]) -> Base:
@@ -55,8 +48,7 @@ def base_of(model: PreTrainedModel, new: Sequence[str]) -> Base:
         if getattr(model.config, key, None) is not None
     }
     name = getattr(model, "_hybridtune_name", model.name_or_path)
-    fingerprint = models.fingerprint(_InFloat32(model), new)  # as `models.load` will load it
-    return Base(name, None, fingerprint, task.auto_class if task else "AutoModel", config)
+    return Base(name, None, models.fingerprint(model, new), task.auto_class if task else "AutoModel", config)
 
 
 def _as_loaded(model: PreTrainedModel) -> tuple[PreTrainedModel | None, dict[str, Any] | None]:
@@ -67,23 +59,10 @@ def _as_loaded(model: PreTrainedModel) -> tuple[PreTrainedModel | None, dict[str
     config.dtype = None  # that of the files then
     how: dict[str, Any] = {"device_map": "meta", "local_files_only": True, "ignore_mismatched_sizes": True}
     try:
-        with models._quiet():
+        with models.quiet():
             twin, info = type(model).from_pretrained(
                 model.name_or_path, config=config, dtype="auto", output_loading_info=True, **how
             )
     except (OSError, ValueError, TypeError, RuntimeError):
         return None, None
     return twin, info
-
-
-class _InFloat32(nn.Module):
-    """The parameters of a model that may have been loaded in half precision."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._whole = [model]
-
-    def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self._whole[0].named_parameters():
-            whole = parameter.to(torch.float32) if parameter.is_floating_point() else parameter
-            yield name, nn.Parameter(whole, requires_grad=False)

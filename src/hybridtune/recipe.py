@@ -158,6 +158,11 @@ class Goal(Keys):
         """The metric's name, or None for the task's own."""
         return self.maximize or self.minimize
 
+    @property
+    def direction(self) -> str:
+        """maximize or minimize."""
+        return "minimize" if self.minimize else "maximize"
+
 
 class Recipe(Training):
     """All that a tuning needs to know."""
@@ -187,7 +192,6 @@ class Recipe(Training):
     hub_private_repo: bool | None = None
     hub_token: str | None = Field(None, exclude=True)
     dataloader_num_workers: int | None = Field(None, ge=0)
-    disable_tqdm: bool | None = None
     baselines: bool = True
     defaults: list[str] = Field(default_factory=list, description="written by hybridtune; not read")
     include_texts: bool = True

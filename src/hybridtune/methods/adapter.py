@@ -69,11 +69,13 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """s A(hidden); hidden is [..., width_in], the result [..., width_out]."""
-        return self.scaling * self.up(self.activation(self.down(self.dropout(hidden))))
+        result: torch.Tensor = self.scaling * self.up(self.activation(self.down(self.dropout(hidden))))
+        return result
 
     def after(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook of the block's last matrix, sequential."""
-        return output + self(output)
+        changed: torch.Tensor = output + self(output)
+        return changed
 
     def remember(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Forward pre-hook of the block's first matrix, parallel."""
@@ -82,7 +84,8 @@ class Bottleneck(nn.Module):
     def beside(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Forward hook of the block's last matrix, parallel."""
         hidden, self._input = self._input, None
-        return output + self(hidden)
+        changed: torch.Tensor = output + self(hidden)
+        return changed
 
 
 def learning_rate(part: Part, width: int) -> float:

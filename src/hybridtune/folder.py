@@ -1,0 +1,149 @@
+"""The run folder: who may have it, what is written before training starts, what is removed, what becomes its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from . import yaml12
+from .data import read
+from .errors import RunError, UserError
+from .files import read_json, write_json, write_text
+from .recipe import Recipe, Strategy
+from .trial import RESULT, Setting, Trial
+
+# All that a tuning writes into its folder, and all that it ever removes from there.
+_ASKED = "asked.json"
+_OWN_FILES = (
+    *("recipe.yaml", "environment.json", "data.json", "plan.json", "decision.json", "evaluation.json"),
+    *("explanation.json", "predictions.jsonl", "report.html", _ASKED),
+)
+_OWN_FOLDERS = ("trials", "stages", "model")
+# Keys that a resumed run may have changed.
+_FREE = {"output", "defaults", "data", "strategy", "push_to_hub", "hub_model_id", "hub_private_repo"}
+
+
+def claim(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
+    """The run folder. Nothing is written or removed yet.
+
+    Raises:
+        RunError: it cannot be written, or holds something that the user has not said what to do with.
+    """
+    folder = Path(recipe.output).expanduser()
+    if resume and overwrite:
+        raise RunError("output: --resume and --overwrite exclude each other", mend="give one of them")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"output: {there} is a file", mend="choose another output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"output: {there} cannot be written", mend="choose another output")
+    if there is not folder or not any(folder.iterdir()):
+        return folder
+    if not (folder / _ASKED).is_file():
+        raise RunError(f"output: {folder} holds other files", mend="choose another output, or empty it")
+    if not (resume or overwrite):
+        raise RunError(
+            f"output: {folder} already holds a run", mend="choose another output, or give --resume or --overwrite"
+        )
+    if resume:
+        before, asked = read_json(folder / _ASKED), _asked(recipe)
+        changed = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
+        if changed:
+            raise RunError(
+                f"output: the run in {folder} was begun with another recipe",
+                found=f"different {', '.join(changed)}",
+                mend="resume with the same recipe, or give --overwrite",
+            )
+    return folder
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """What has to be the same for a run to be resumed."""
+    tree = recipe.model_dump(mode="json", exclude_defaults=True, exclude=_FREE)
+    tree["strategy"] = [strategy.model_dump(mode="json", exclude_none=True) for strategy in recipe.strategies()]
+    return tree | {"data": _data(recipe)}
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """`data:` as plain values: rows that were given in Python are named by their kind."""
+    given = {name: getattr(recipe.data, name) for name in ("train", "validation", "test")}
+    told = {
+        name: str(value) if isinstance(value, (str, Path)) else read.describe(value)
+        for name, value in given.items()
+        if value is not None
+    }
+    return told | ({"columns": dict(recipe.data.columns)} if recipe.data.columns else {})
+
+
+def begin(
+    folder: Path,
+    setting: Setting,
+    files: dict[str, Any],
+    plan: Sequence[Strategy],
+    defaults: Sequence[str],
+    resume: bool,
+) -> None:
+    """Writes what is known before anything is trained. What an earlier run has left makes way, unless it is resumed.
+
+    Raises:
+        RunError: the disk is full or read-only, or a resumed run was begun with other rows.
+    """
+    if resume and (folder / "data.json").is_file():
+        before, now = read_json(folder / "data.json")["splits"], files["data.json"]["splits"]
+        changed = [name for name in now if before.get(name, {}).get("fingerprint") != now[name]["fingerprint"]]
+        if changed:
+            raise RunError(
+                f"output: the run in {folder} was begun with other rows",
+                found=f"different {', '.join(changed)}",
+                mend="resume with the same files, or give --overwrite",
+            )
+    if not resume:
+        clear(folder)
+    recipe = setting.recipe
+    write_json(folder / _ASKED, _asked(recipe))
+    for name, value in files.items():
+        write_json(folder / name, value)
+    tree = recipe.model_dump(mode="json", exclude={"data", "goal", "strategy", "defaults"}, exclude_none=True)
+    tree |= {
+        "goal": {recipe.goal.direction: setting.metric},
+        "data": _data(recipe),
+        "strategy": [strategy.model_dump(mode="json", exclude_none=True) for strategy in plan],
+        "defaults": [*([] if recipe.goal.metric else [f"goal.{recipe.goal.direction}"]), *defaults],
+    }
+    write_text(folder / "recipe.yaml", yaml12.dump(tree))
+
+
+@contextmanager
+def left_as_it_was(folder: Path) -> Iterator[None]:
+    """Takes back what was written where a mistake shows before anything was trained: the mended call can be made."""
+    try:
+        yield
+    except UserError:
+        trained = [*folder.glob(f"trials/*/{RESULT}"), *folder.glob("trials/*/stages/*/checkpoint-*")]
+        logs = folder.glob("trials/*/stages/*/log.jsonl")
+        if not trained and not any(log.stat().st_size for log in logs):
+            clear(folder)
+            if folder.resolve() != Path.cwd():
+                with suppress(OSError):  # other files are there
+                    folder.rmdir()
+        raise
+
+
+def clear(folder: Path) -> None:
+    """Removes what a tuning writes, and nothing else that may lie beside it."""
+    for name in _OWN_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def hand_over_stages(folder: Path, chosen: Trial) -> None:
+    """The chosen trial's stages become the run's own."""
+    source, target = Path(chosen.folder) / "stages", folder / "stages"
+    if source.is_dir():
+        shutil.rmtree(target, ignore_errors=True)
+        source.rename(target)

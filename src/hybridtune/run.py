@@ -1,0 +1,171 @@
+"""A finished tuning: its model, its predictions, its numbers, and what can be done with it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import evaluate, export, predict
+from .data import read
+from .errors import DataError, HybridtuneError, RunError, unknown
+from .files import read_json
+
+
+@dataclass
+class Run:
+    """A finished tuning.
+
+    Attributes:
+        folder: where it is.
+        device: where its model is put.
+    """
+
+    folder: Path
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _ = self.predictor  # a folder that is no run is refused at once
+
+    @cached_property
+    def predictor(self) -> predict.Predictor:
+        """The tuned model with its tokenizer and task."""
+        return predict.load(self.folder, self.device)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The tuned model."""
+        model: torch.nn.Module = self.predictor.model
+        return model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.predictor.tokenizer
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """evaluation.json."""
+        return evaluate.read_evaluation(self.folder)
+
+    @property
+    def decision(self) -> dict[str, Any]:
+        """decision.json."""
+        return dict(read_json(self.folder / "decision.json"))
+
+    def predict(self, rows: Iterable[Any], columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
+        """Predicts rows: dicts of the task's columns, or bare strings where one text is all.
+
+        Args:
+            rows: a list of them, a `datasets.Dataset` or a pandas frame.
+            columns: what the columns are called, where they are not called as in training: {"text": "message"}.
+        """
+        return self.predictor.predict(rows, columns)
+
+    def push_to_hub(self, name: str | None = None, private: bool | None = None, token: str | None = None) -> None:
+        """Uploads `model/` to the hub.
+
+        Args:
+            name: repository; the run folder's name where not given.
+            private: whether a new repository is private.
+            token: of the hub; the stored one where not given.
+
+        Raises:
+            HybridtuneError: the hub cannot be reached, or does not take it.
+        """
+        import huggingface_hub
+
+        name = name or self.folder.resolve().name
+        model = self.folder / "model" if (self.folder / "model").is_dir() else self.folder
+        hub = huggingface_hub.HfApi(token=token)
+        try:
+            repository = hub.create_repo(name, private=private, exist_ok=True).repo_id
+            hub.upload_folder(repo_id=repository, folder_path=str(model), commit_message="Tuned model")
+        except Exception as error:  # whatever the hub, its client or the network may raise
+            raise HybridtuneError(
+                f"hub: {model} was not uploaded to {name}",
+                found=(str(error).strip() or type(error).__name__).splitlines()[0],
+                mend=f'the run is finished; try again with hybridtune.load("{self.folder}").push_to_hub("{name}")',
+            ) from error
+
+
+def evaluate_run(
+    folder: Path, data: Any, device: str = "auto", columns: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Scores a tuned model on labelled rows; without rows, gives the run's own evaluation.
+
+    Args:
+        folder: of the run.
+        data: anything that `data: {test: ...}` may be.
+        device: where the model is put.
+        columns: what the rows' columns are called, where they are not called as in training.
+
+    Raises:
+        RunError: the run is not finished.
+        DataError: the rows cannot be read, or have a label that the model does not know.
+    """
+    if data is None:
+        return evaluate.read_evaluation(folder)
+    tuned = Run(folder, device)
+    task, source = tuned.predictor.task, read.describe(data)
+    table = read.read(data, "test")
+    hints = {**{name: own for name, own in task.hints.items() if own in table.column_names}, **(columns or {})}
+    rows = read.map_columns(table, "test", source, task.columns, hints, task.required)
+    try:
+        scores = evaluate.score(
+            tuned.predictor,
+            rows.select_columns([name for name in (*task.columns, "_row") if name in rows.column_names]),
+        )
+    except DataError as error:
+        raise DataError(
+            f"{source}: {error.problem}", found=error.found, expected=error.expected, mend=error.mend
+        ) from None
+    warnings = sorted({metric["warning"] for metric in scores.metrics.values() if "warning" in metric})
+    return {"model": str(folder), "data": source, "rows": len(rows), "metrics": scores.metrics, "warnings": warnings}
+
+
+def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str, Any]:
+    """Writes a run's model into a new folder.
+
+    Returns:
+        The kind, the snippet that loads it, and by how much its logits differ from the tuned model's.
+
+    Raises:
+        RunError: the run is not finished, the folder exists, or the model cannot be handed over so.
+    """
+    if kind not in (None, *export.KINDS):
+        raise RunError(f"kind: {unknown('kind', str(kind), export.KINDS)}", expected=", ".join(export.KINDS))
+    if output.exists():
+        raise RunError(f"output: {output} exists", mend="choose another output")
+    evaluate.read_evaluation(folder)
+    stage = export.last_stage(folder)
+    written, snippet = export.write(output, stage, kind)  # type: ignore[arg-type]
+    inputs = predict.load(output, "cpu").task.inputs
+    texts = [
+        dict.fromkeys(inputs, text)
+        for text in ("one short text", "and another one, which is a little longer than the first")
+    ]
+    return {
+        "kind": written,
+        "output": str(output),
+        "load": snippet.replace("FOLDER", str(output)),
+        "difference": export.difference(stage, output, texts),
+    }
+
+
+def rows_for_prediction(run: Run, path: Path) -> list[dict[str, Any]]:
+    """Rows of a file, for `Run.predict`."""
+    return [dict(row) for row in read.read(path, "input").to_list()]
+
+
+def say_prediction(row: Any, prediction: dict[str, Any]) -> str:
+    """One line for a person."""
+    values = [row] if isinstance(row, str) else [value for key, value in row.items() if key != "_row"]
+    shown = " ".join(" | ".join(map(str, values)).split())
+    label = prediction.get("label")
+    score = prediction.get("scores", {}).get(str(label))
+    return f"{label}" + (f" ({score:.0%})" if score is not None else "") + f"  {shown[:100]}"
