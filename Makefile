@@ -1,7 +1,9 @@
 # Every target makes or reuses .venv and installs what it needs. Needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN := .venv/bin
-RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# The models of the tests are tiny: one thread each and two tests at a time are faster than two threads for one.
+JOBS ?= 2
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 INPUTS := pyproject.toml constraints.txt
 
 .PHONY: help demo test check format clean
@@ -29,7 +31,7 @@ demo: .venv/demo
 	$(BIN)/hybridtune demo --overwrite
 
 test: .venv/dev
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) $(BIN)/python -m pytest -n $(JOBS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

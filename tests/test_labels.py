@@ -40,8 +40,8 @@ def test_of_equally_frequent_ways_of_writing_the_first_stays() -> None:
 @pytest.mark.parametrize(
     ("rare", "count", "frequent", "total", "renamed"),
     [
-        ("positve", 3, "positive", 150, True),
-        ("positve", 3, "positive", 149, False),  # more than 2 %
+        ("positve", 3, "positive", 60, True),
+        ("positve", 3, "positive", 59, False),  # more than 5 %
         ("positve", 4, "positive", 1000, False),  # more than 3 rows
         ("postve", 1, "positive", 50, True),  # two edits
         ("pstve", 1, "positive", 50, False),  # three
