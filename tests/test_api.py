@@ -714,3 +714,14 @@ def test_texts_in_the_report_only_where_they_are_wanted(tune: Callable[..., hybr
 def test_evaluate_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"has no evaluation\.json"):
         evaluate.read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_the_score_is_that_of_the_weights_that_are_kept(tune: Callable[..., hybridtune.Run], best: bool) -> None:
+    """Without the best checkpoint restored, the last weights are kept, and so it is their score that counts."""
+    run = tune(num_train_epochs=4, learning_rate=0.05, load_best_model_at_end=best, goal={"minimize": "loss"})
+    evaluations = read(run, "stages/1-head/metrics.json")["evaluations"]
+    losses = [one["loss"] for one in evaluations]
+    kept = run.decision["candidates"][0]["validation"]["loss"]
+    assert kept == pytest.approx(min(losses) if best else losses[-1], abs=1e-6)
+    assert losses[-1] != min(losses)  # else this says nothing

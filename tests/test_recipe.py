@@ -508,3 +508,12 @@ def test_recipes_that_ship_are_sound(path: Path) -> None:
 
 def test_there_are_recipes() -> None:
     assert {"classification", "hybrid-by-layers-and-stages", "race"} <= {path.stem for path in RECIPES}
+
+
+def test_a_seed_that_is_said_last_counts(tmp_path: Path) -> None:
+    """`--seed 1` on a file with `seeds:` runs that one seed, by flags and in Python."""
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ntask: classification\ndata: {train: a.csv}\nseeds: [1, 2]\n", "utf-8")
+    assert api.Recipe.make(file, seed=7).all_seeds() == [7]
+    assert api.Recipe.make(cli._recipe(file, {"seed": [7]}, [])).all_seeds() == [7]
+    assert api.Recipe.make(cli._recipe(file, {"seed": [7, 8]}, [])).all_seeds() == [7, 8]

@@ -308,7 +308,7 @@ def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) ->
     if "strategy" in given and len(given["strategy"]) == 1:
         given["strategy"] = given["strategy"][0]
     if seeds := given.pop("seed", None):
-        given |= {"seed": seeds[0]} if len(seeds) == 1 else {"seeds": seeds}
+        given |= {"seed": seeds[0], "seeds": None} if len(seeds) == 1 else {"seeds": seeds}
     tree = {**tree, **given, "data": data} | ({"goal": goal} if goal else {})
     return with_values(tree, assignments) if assignments else tree
 

@@ -322,6 +322,8 @@ def resolve(
                 if given is None:
                     defaults.append(f"{here}.{key}")
         for key in Training.model_fields:
+            if key == "max_steps" and asked.num_train_epochs is not None:
+                continue  # the stage gives its own length
             if getattr(stage, key) is None and getattr(training, key) is not None:
                 setattr(stage, key, getattr(training, key))
         if stage.max_steps is not None and f"{here}.num_train_epochs" in defaults:

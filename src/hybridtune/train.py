@@ -112,6 +112,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.composition: Composition | None = None
         self.strategy: Strategy | None = None
         self.in_place = False
+        self.restored_step: int | None = None  # of the last stage: the step whose weights were kept as the best
         self._asked = self.args
         self._filler: Any = None
         if self.compute_loss_func is None and self.label_smoother is None:
@@ -256,6 +257,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         for name in self.composition.names:
             self.assembly.parameter(name).requires_grad_(True)
         self._train_batch_size = self.args.train_batch_size
+        self.restored_step = None
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if not self.in_place:
@@ -387,6 +389,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             super()._load_best_model()
         else:
             checkpoint.load_tensors(Path(str(self.state.best_model_checkpoint)), self.assembly)
+            self.restored_step = self.state.best_global_step
 
     def push_to_hub(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -17,6 +19,7 @@ from . import model as models
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, resolve
+from .errors import TrainingError
 from .files import read_json, write_json
 from .memory import PeakMemory
 from .model import Loaded
@@ -128,6 +131,9 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         strategy: as asked for.
         seed: set before the model is loaded and before every stage.
         folder: of the trial; its stages go into `stages/`.
+
+    Raises:
+        TrainingError: it ran out of memory, or its model gives no numbers any more.
     """
     if (folder / RESULT).is_file():
         return Trial(**{**read_json(folder / RESULT), "folder": str(folder)})
@@ -157,15 +163,29 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     started = time.perf_counter()
-    trainer.train()
+    try:
+        trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"strategy {strategy.name}: out of memory",
+            found=str(error).splitlines()[0],
+            mend="lower per_device_train_batch_size and raise gradient_accumulation_steps, or take a smaller strategy",
+        ) from error
     seconds = time.perf_counter() - started
     metrics = {key.removeprefix("eval_"): value for key, value in _evaluated(trainer).items()}
     speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    metrics = {key: float(value) for key, value in metrics.items() if key not in speed}
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise TrainingError(
+            f"strategy {strategy.name}: its metrics on validation data are no numbers",
+            found=", ".join(f"{key} {value}" for key, value in metrics.items()),
+            mend="lower the learning rate",
+        )
     trial = Trial(
         strategy.name,
         seed,
         str(folder),
-        {key: float(value) for key, value in metrics.items() if key not in speed},
+        metrics,
         round(seconds, 3),
         memory.peak(),
         max(read_json(stage / "metrics.json")["trainable"] for stage in trainer.stage_folders),
@@ -178,9 +198,8 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
 
 def _evaluated(trainer: HybridTrainer) -> dict[str, float]:
     """What was measured on validation data of the weights that were kept."""
-    state = trainer.state
-    for logged in state.log_history:
-        if state.best_model_checkpoint and logged["step"] == state.best_global_step and "eval_loss" in logged:
+    for logged in trainer.state.log_history:
+        if logged["step"] == trainer.restored_step and "eval_loss" in logged:
             return {key: value for key, value in logged.items() if key.startswith("eval_")}
     return dict(trainer.evaluate())
 
