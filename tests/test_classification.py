@@ -378,3 +378,11 @@ def test_the_task_comes_back_from_its_state() -> None:
     assert again.inputs == ("text", "text_pair")
     tokenizer = tiny.tokenizer()
     assert again.encode(rows, tokenizer, 64).to_dict() == task.encode(rows, tokenizer, 64).to_dict()
+
+
+def test_class_weights_of_several_labels() -> None:
+    """Balanced: with its weight, a label's rows count as much as all rows without it."""
+    rows = [{"text": f"text {n}", "label": ["a", "b"] if n % 4 == 0 else ["a"] if n % 2 else []} for n in range(40)]
+    task, _ = checked(rows, class_weight="balanced", multi_label=True)
+    having = {"a": 30, "b": 10}
+    assert task.weights == pytest.approx([(40 - having["a"]) / having["a"], (40 - having["b"]) / having["b"]])

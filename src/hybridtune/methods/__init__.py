@@ -78,7 +78,7 @@ def options_of(method: Method, name: str, given: dict[str, Any]) -> BaseModel:
     known = method.Options.model_fields
     for option in given:
         if option not in known:
-            guess = nearest(option, known)
+            guess = nearest(option, [*known, "learning_rate", "weight_decay"])
             raise RecipeError(
                 f"method {name}: unknown option {option}" + (f", did you mean {guess}?" if guess else ""),
                 expected=", ".join(known) or "no options",

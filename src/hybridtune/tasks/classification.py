@@ -104,6 +104,8 @@ class Task(tasks.Task):
             if self.multi_label
             else np.bincount(self._indices(train), minlength=len(self.labels))
         )
+        if self.class_weight == "balanced" and self.multi_label:  # of each label, as much with as without it
+            return [float((len(train) - count) / max(count, 1)) for count in counts]
         if self.class_weight == "balanced":
             return [float(counts.sum() / (len(self.labels) * count)) for count in np.maximum(counts, 1)]
         assert isinstance(self.class_weight, dict)
