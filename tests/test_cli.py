@@ -571,3 +571,12 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_numbers_for_people(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_predict_never_writes_over_its_input(tmp_path: Path) -> None:
+    rows = texts.save_csv(tmp_path / "rows.csv", [{"text": "good"}])
+    before = rows.read_bytes()
+    done = CliRunner().invoke(cli.app, ["predict", str(tmp_path), "--input", str(rows), "--output", str(rows)])
+    assert (done.exit_code, rows.read_bytes()) == (2, before)
+    done = CliRunner().invoke(cli.app, ["predict", str(tmp_path), "--input", str(rows), "--output", str(tmp_path)])
+    assert (done.exit_code, rows.read_bytes()) == (2, before)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import __version__
-from .errors import HybridtuneError, RecipeError
+from .errors import HybridtuneError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from .console import Console
@@ -154,6 +154,10 @@ def predict(
     with _command(as_json) as console:
         if (input_ is None) == (not texts):
             raise RecipeError("predict: give either texts or --input FILE", mend='hybridtune predict RUN "a text"')
+        if output is not None and (output.is_dir() or (input_ is not None and output.resolve() == input_.resolve())):
+            raise RunError(
+                f"output: {output} is {'a folder' if output.is_dir() else 'the input'}", mend="choose another"
+            )
         from . import api
 
         tuned = api.load(run, device)
