@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .train import HybridTrainer
 
 LOG, METRICS = "log.jsonl", "metrics.json"
+# What Trainer reports of an evaluation beside its metrics.
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 # Keys of a stage that are TrainingArguments' own.
 _ARGUMENTS = frozenset(Training.model_fields) - {"early_stopping_patience", "early_stopping_threshold"}
 
@@ -152,9 +154,8 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
 
 def _evaluation(logged: dict[str, Any]) -> dict[str, Any]:
     """What metrics.json says of one evaluation; nothing of other things that were logged."""
-    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     values = {key.removeprefix("eval_"): value for key, value in logged.items() if key.startswith("eval_")}
-    kept = {key: value for key, value in values.items() if key not in speed}
+    kept = {key: value for key, value in values.items() if key not in SPEED}
     return {"step": logged["step"], "epoch": logged.get("epoch"), **kept} if kept else {}
 
 

@@ -24,6 +24,7 @@ from .files import read_json, write_json
 from .memory import PeakMemory
 from .model import Loaded
 from .recipe import Recipe, Strategy, Training
+from .stage import METRICS, SPEED
 from .tasks import Task
 from .train import HybridTrainer
 
@@ -173,8 +174,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         ) from error
     seconds = time.perf_counter() - started
     metrics = {key.removeprefix("eval_"): value for key, value in _evaluated(trainer).items()}
-    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    metrics = {key: float(value) for key, value in metrics.items() if key not in speed}
+    metrics = {key: float(value) for key, value in metrics.items() if key not in SPEED}
     if not all(math.isfinite(value) for value in metrics.values()):
         raise TrainingError(
             f"strategy {strategy.name}: its metrics on validation data are no numbers",
@@ -188,7 +188,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         metrics,
         round(seconds, 3),
         memory.peak(),
-        max(read_json(stage / "metrics.json")["trainable"] for stage in trainer.stage_folders),
+        max(read_json(stage / METRICS)["trainable"] for stage in trainer.stage_folders),
         sum(parameter.numel() for parameter in loaded.model.parameters()),
         defaults,
     )
