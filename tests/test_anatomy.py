@@ -285,7 +285,7 @@ def test_indices_count_in_each_stack() -> None:
 def test_norms_and_biases() -> None:
     bert, parts = model("bert"), anatomy("bert")
     norms = [n for n, m in bert.named_modules() if isinstance(m, torch.nn.LayerNorm)]
-    assert set(parts.part("norms").parameters) == under("bert", norms) == parts.norm_parameters()
+    assert set(parts.part("norms").parameters) == under("bert", norms) == parts.norm_parameters
     assert parts.part("norms").matrices == ()
     biases = {n for n, _ in bert.named_parameters() if n.endswith(".bias")}
     assert set(parts.part("biases").parameters) == biases

@@ -12,12 +12,13 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hybridtune import methods, trial
+from hybridtune import methods
 from hybridtune import model as models
 from hybridtune.anatomy import Anatomy
-from hybridtune.compose import STAGE_DEFAULTS, Assembly, Composition, resolve
+from hybridtune.compose import Assembly, Composition, rehearse
 from hybridtune.errors import MethodError, PartError, RecipeError
 from hybridtune.recipe import Rule, Stage, Strategy, Training, built_in_strategies, load_strategy
+from hybridtune.resolve import STAGE_DEFAULTS, resolve
 
 NEW = ("classifier.weight", "classifier.bias")
 RULES = list[tuple[str, str] | tuple[str, str, dict[str, object]]]
@@ -281,7 +282,7 @@ def test_a_kept_lora_is_not_trained_on_where_a_later_rule_wins(later: str) -> No
 def test_another_lora_on_kept_matrices_is_refused_with_both_named() -> None:
     made = assembly()
     made.begin(stage([("layers", "lora", {"r": 4})]))
-    with pytest.raises(MethodError, match=r"layers\[2\]: lora\(r=8\): lora of an earlier stage .*\(layers\)\n.*mend"):
+    with pytest.raises(MethodError, match=r"layers\[2\]: lora\(r=8\): layers: lora of an earlier stage .*\n.*mend"):
         made.begin(stage([("layers[2]", "lora", {"r": 8})]))
 
 
@@ -313,14 +314,15 @@ def test_drop_lets_adapters_be_put_on_again() -> None:
 
 
 def test_merging_adapters_is_refused() -> None:
-    """By begin(); and by resolve(), which is before anything is trained."""
+    """By begin(); and by rehearse(), which is before anything is trained."""
     made = assembly()
     adapters, merging = stage([("layers", "adapter")]), stage([("head", "full")], previous="merge")
-    with pytest.raises(MethodError, match=r"strategy s, stage full: layers: adapter.* cannot be merged.*\n.*previous"):
-        resolved(made, adapters, merging)
+    with pytest.raises(MethodError, match=r"stage 2 \(full\): layers: adapter cannot be merged.*\n.*previous"):
+        rehearse(resolved(made, adapters, merging), made.model, NEW)
     with pytest.raises(MethodError, match="cannot be merged"):
-        resolved(made, adapters, stage([("layers", "lora")]), merging)  # kept in between
-    resolved(made, adapters, stage([("layers", "lora")], previous="drop"), merging)
+        rehearse(resolved(made, adapters, stage([("layers", "lora")]), merging), made.model, NEW)  # kept in between
+    left = rehearse(resolved(made, adapters, stage([("layers", "lora")], previous="drop"), merging), made.model, NEW)
+    assert all(parameter.is_meta for parameter in left.model.parameters())
     made.begin(adapters)
     before = [n for n, _ in made.model.named_parameters()]
     with pytest.raises(MethodError, match=r"layers: adapter cannot be merged.*\n.*previous: keep or drop"):
@@ -388,7 +390,7 @@ def test_the_defaults_are_named_exactly() -> None:
         "max_grad_norm",
         "load_best_model_at_end",
     )
-    options = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+    options = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
     assert sorted(found) == sorted(
         [
             *(f"stages.0.{key}" for key in everywhere),
@@ -435,12 +437,11 @@ def test_a_rule_that_cannot_be_kept_is_refused(rule: Rule, error: type[Exception
 def test_built_in_strategies_fit_every_architecture(strategy: str, architecture: str) -> None:
     model = tiny.classifier(architecture)
     head = tuple(Anatomy(model).part("head").parameters)
-    loaded = models.Loaded(model, tiny.tokenizer(), architecture, head)
     asked, _ = resolve(load_strategy(strategy), Training(), Anatomy(model, head), models.width(model))
     for one in asked.stages:
         assert all(getattr(one, key) is not None for key in STAGE_DEFAULTS)
         assert all(rule.learning_rate and rule.weight_decay is not None for rule in one.rules)
-    trial.rehearse(asked, loaded)
+    rehearse(asked, model, head)
     assert torch.isfinite(tiny.logits(model)).all()
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from hybridtune import api, cli, model, tasks, yaml12
 from hybridtune.anatomy import Anatomy
-from hybridtune.compose import Assembly, resolve
+from hybridtune.compose import Assembly
 from hybridtune.errors import RecipeError, UserError
 from hybridtune.recipe import (
     Recipe,
@@ -35,6 +35,7 @@ from hybridtune.recipe import (
     read_recipe,
     with_values,
 )
+from hybridtune.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -154,10 +155,11 @@ def test_the_recipe_needs_no_torch() -> None:
 
 def test_training_keys_are_those_of_transformers() -> None:
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
-    ours = {key for key in Training.model_fields if not key.startswith("early_stopping_")}
+    own = {"max_seconds", "layerwise_lr_decay"}
+    ours = {key for key in Training.model_fields if not key.startswith("early_stopping_")} - own
     assert ours <= theirs
     stopping = inspect.signature(hf.EarlyStoppingCallback).parameters
-    assert {key for key in Training.model_fields if key not in ours} == set(stopping)
+    assert {key for key in Training.model_fields if key not in ours | own} == set(stopping)
     passed = {"per_device_eval_batch_size", "bf16", "fp16", "report_to", "dataloader_num_workers"}
     passed |= {"seed", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"}
     assert passed <= theirs & set(Recipe.model_fields)
@@ -209,7 +211,11 @@ def test_unknown_keys_of_python_keywords() -> None:
         ({"data": {"columns": "text"}}, "data.columns", "a valid dictionary"),
         ({"eval_strategy": "often"}, "eval_strategy", "'no', 'steps' or 'epoch'"),
         ({"strategy": [{"rules": []}]}, "stages.0.rules", "at least 1 item"),
-        ({"strategy": [{"rules": ["head: full"]}]}, "stages.0.rules.0", "a mapping with learning_rate, method, part"),
+        (
+            {"strategy": [{"rules": ["head: full"]}]},
+            "stages.0.rules.0",
+            "a mapping with active, layerwise_lr_decay",
+        ),
         (
             {"strategy": [{"rules": [{**HEAD, "learning_rate": -1}]}]},
             "stages.0.rules.0.learning_rate",

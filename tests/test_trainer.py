@@ -25,9 +25,11 @@ from typer.testing import CliRunner
 
 from hybridtune import checkpoint, select, trial
 from hybridtune import model as models
+from hybridtune.anatomy import Anatomy
 from hybridtune.cli import app
 from hybridtune.errors import MethodError, ModelError, RecipeError, RunError, TrainingError
-from hybridtune.recipe import Recipe, Stage, Strategy, load_strategy
+from hybridtune.recipe import Recipe, Stage, Strategy, Training, load_strategy
+from hybridtune.resolve import resolve
 from hybridtune.tasks.classification import Task
 from hybridtune.train import HybridTrainer
 from hybridtune.trial import Trial
@@ -811,6 +813,12 @@ class TestOffline:
         assert time.perf_counter() - started < 20
 
 
+def resolved(setting: trial.Setting, name: str) -> Strategy:
+    """A built-in strategy with every value, as a race gets it."""
+    bare, training = setting.bare, Training(num_train_epochs=2)
+    return resolve(load_strategy(name), training, Anatomy(bare.model, bare.new), models.width(bare.model))[0]
+
+
 class TestTrial:
     """trial.run: one strategy with one seed."""
 
@@ -836,10 +844,10 @@ class TestTrial:
         }
         loaded = models.load(recipe.model, task.auto_class, **task.model_config())
         mark = models.fingerprint(loaded.model, loaded.new)
-        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, mark)
+        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, mark, loaded)
 
     def test_what_it_found_is_what_its_checkpoint_gives(self, setting: trial.Setting, tmp_path: Path) -> None:
-        found = trial.run(setting, load_strategy("lora"), 3, tmp_path / "trial")
+        found = trial.run(setting, resolved(setting, "lora"), 3, tmp_path / "trial")
         assert found.seed == 3
         assert 0 < found.trainable < found.total
         assert found.seconds > 0
@@ -856,18 +864,18 @@ class TestTrial:
     def test_a_finished_one_is_not_run_again(
         self, setting: trial.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        found = trial.run(setting, load_strategy("head"), 0, tmp_path / "trial")
+        found = trial.run(setting, resolved(setting, "head"), 0, tmp_path / "trial")
         monkeypatch.setattr(trial, "HybridTrainer", None)
-        assert trial.run(setting, load_strategy("head"), 0, tmp_path / "trial") == found
+        assert trial.run(setting, resolved(setting, "head"), 0, tmp_path / "trial") == found
 
     def test_what_an_interrupted_one_left_is_removed(self, setting: trial.Setting, tmp_path: Path) -> None:
         stray = tmp_path / "trial" / "stages" / "1-head" / "checkpoint-9"
         stray.mkdir(parents=True)
-        trial.run(setting, load_strategy("head"), 0, tmp_path / "trial")
+        trial.run(setting, resolved(setting, "head"), 0, tmp_path / "trial")
         assert not stray.exists()
 
     def test_the_same_twice(self, setting: trial.Setting, tmp_path: Path) -> None:
-        one, two = (trial.run(setting, load_strategy("lora"), 0, tmp_path / name) for name in "ab")
+        one, two = (trial.run(setting, resolved(setting, "lora"), 0, tmp_path / name) for name in "ab")
         assert one.validation == two.validation
 
 

@@ -18,7 +18,7 @@ from .console import Console
 from .errors import RecipeError, unknown
 from .files import disk_errors, write_json
 from .progress import Progress, say_result, say_scores
-from .recipe import Recipe
+from .recipe import Recipe, Strategy
 from .run import Run, evaluate_run, export_run, rows_for_prediction, say_prediction
 from .select import Decision
 from .tasks import Task
@@ -82,7 +82,7 @@ def tune(
         folders.begin(
             folder, setting, {"environment.json": machine, "data.json": about | lengths}, plan, defaults, resume
         )
-        decision = _race(setting, folder, console)
+        decision = _race(setting, plan, folder, console)
 
     console.step(5, f"evaluate: {len(rows['test'])} test rows, read by a model for the first time")
     with disk_errors(folder):
@@ -114,8 +114,8 @@ def _goal(recipe: Recipe, task: Task, own_metrics: bool) -> str:
     return metric
 
 
-def _race(setting: Setting, folder: Path, console: Console) -> Decision:
-    strategies, seeds = setting.recipe.strategies(), setting.recipe.all_seeds()
+def _race(setting: Setting, plan: Sequence[Strategy], folder: Path, console: Console) -> Decision:
+    seeds = setting.recipe.all_seeds()
 
     def begin(strategy: str, seed: int) -> None:
         console.line(
@@ -130,7 +130,7 @@ def _race(setting: Setting, folder: Path, console: Console) -> Decision:
         )
 
     with disk_errors(folder):
-        decision = select.race(setting, strategies, seeds, folder / "trials", begin, end)
+        decision = select.race(setting, plan, seeds, folder / "trials", begin, end)
     write_json(folder / "decision.json", decision.as_dict())
     console.line(f"  chosen: {decision.chosen.strategy}" + "".join(f"\n    {reason}" for reason in decision.reasons))
     return decision

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,8 @@ def methods(name: str | None, console: Console) -> Any:
     console.line("  options   " + (", ".join(f"{key} = {value}" for key, value in options.items()) or "none"))
     merges = "yes" if method.MERGES is True else f"no, {method.MERGES}"
     console.line(f"  merges    {merges}\n  source    {method.SOURCE}")
-    documentation = inspect.getdoc(method)
-    if documentation:
-        console.line("\n" + documentation)
+    if method.documentation:
+        console.line("\n" + method.documentation)
     return told
 
 

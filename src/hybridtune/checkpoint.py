@@ -149,10 +149,7 @@ def load(folder: Path) -> tuple[models.Loaded, Assembly, dict[str, Any]]:
     loaded = load_base(base)
     check_fingerprint(loaded, base, folder)
     assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
-    assembly.put_again(
-        Attachment(**{**item, "less": tuple(item["less"]), "parameters": tuple(item["parameters"])})
-        for item in manifest["attachments"]
-    )
+    assembly.put_again(map(Attachment.from_dict, manifest["attachments"]))
     assembly.changed = set(manifest["changed"])
     load_tensors(folder, assembly)
     return loaded, assembly, manifest

@@ -6,32 +6,21 @@ rule means. It never sets `requires_grad`: `train.py` does.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 from torch import nn
 
 from . import methods
+from .active import Rotation
 from .anatomy import Anatomy, Part
 from .errors import MethodError
-from .recipe import Rule, Stage, Strategy, Training
-
-# What a stage gets for keys that neither it nor the recipe gives. Rates, decay and options come from the methods.
-STAGE_DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 5.0,
-    "per_device_train_batch_size": 16,
-    "gradient_accumulation_steps": 1,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.1,
-    "optim": "adamw_torch_fused",
-    "max_grad_norm": 1.0,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "load_best_model_at_end": True,
-    "logging_steps": 10,
-}
+from .recipe import Rule, Stage, Strategy
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,8 @@ class Attachment:
     Attributes:
         method, part, options: the rule.
         less: parameters of the part that other rules had claimed.
-        parameters: names of what the method added (empty where it trains what was there).
+        parameters: names of what the method added.
+        frozen: those of them that it does not train.
     """
 
     method: str
@@ -49,10 +39,30 @@ class Attachment:
     options: dict[str, Any]
     less: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.part}: {self.method}"
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that it came from, without rates."""
+        return Rule(part=self.part, method=self.method, **self.options)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What a stage with this rule trains."""
+        return tuple(name for name in self.parameters if name not in self.frozen)
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Attachment:
+        """Of a manifest."""
+        given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in told.items()}
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Composition:
-    """What a stage trains."""
+    """What a stage trains.
+
+    Attributes:
+        stage: with every value.
+        groups: what is trained together, for the optimizer.
+        rotations: of rules that train only some of their layers at a time.
+    """
 
     stage: Stage
     groups: tuple[Group, ...]
+    rotations: tuple[Rotation, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,7 +154,12 @@ class Assembly:
             raise MethodError(
                 f"stage {stage.name}: its rules leave nothing to train", found="; ".join(map(str, stage.rules))
             )
-        composition = Composition(stage, tuple(groups))
+        rotations = (
+            Rotation.of(rule.rule, number, trained[number], self.anatomy)
+            for number, rule in enumerate(rules)
+            if rule.rule.active and trained[number]
+        )
+        composition = Composition(stage, tuple(groups), tuple(rotations))
         added = set(self.added)
         self.changed.update(name for name in composition.names if name not in added)
         return composition
@@ -145,8 +167,12 @@ class Assembly:
     def put_again(self, attachments: Iterable[Attachment]) -> None:
         """Puts attachments of a manifest on a freshly loaded model."""
         for attachment in attachments:
-            rule = Rule(part=attachment.part, method=attachment.method, **attachment.options)
-            self._put(self._read(rule), set(attachment.less))
+            self._attach(self._read(attachment.rule), set(attachment.less))
+
+    def unmergeable(self) -> dict[str, str]:
+        """What cannot be folded into the model's own weights, and why."""
+        found = {str(attachment): methods.load(attachment.method).MERGES for attachment in self.attachments}
+        return {name: str(reason) for name, reason in found.items() if reason is not True}
 
     def merge(self) -> None:
         """Folds all that was added into the model's own weights.
@@ -154,20 +180,26 @@ class Assembly:
         Raises:
             MethodError: a method cannot be merged.
         """
-        for attachment in self.attachments:
-            method = methods.load(attachment.method)
-            if method.MERGES is not True:
-                raise MethodError(
-                    f"{attachment.part}: {attachment.method} cannot be merged: {method.MERGES}",
-                    mend="use previous: keep or drop",
-                )
+        for name, reason in self.unmergeable().items():
+            raise MethodError(f"{name} cannot be merged: {reason}", mend="use previous: keep or drop")
         for attachment in self.attachments:
             methods.load(attachment.method).merge(self.model, list(attachment.parameters))
             self.changed.update(self._claimed_by(attachment))
         self._forget()
 
     def drop(self) -> None:
-        """Takes all that was added off again."""
+        """Takes all that was added off again.
+
+        Raises:
+            MethodError: an initialisation has moved a part of the model's own weights into what would be dropped.
+        """
+        for attachment in self.attachments:
+            rule = self._read(attachment.rule)
+            if rule.method.changes(rule.part, rule.options):
+                raise MethodError(
+                    f"{attachment} cannot be dropped: it holds a part of the model's own weights",
+                    mend="use previous: keep or merge, or another initialisation",
+                )
         for attachment in self.attachments:
             methods.load(attachment.method).detach(self.model, list(attachment.parameters))
         self._forget()
@@ -180,50 +212,65 @@ class Assembly:
     def _read(self, rule: Rule) -> _Rule:
         method = methods.load(rule.method)
         part = self.anatomy.part(rule.part)
-        return _Rule(rule, method, part, methods.options_of(method, rule.method, rule.options))
+        return _Rule(rule, method, part, methods.options_of(method, rule.options))
 
     def _put(self, rule: _Rule, less: set[str]) -> tuple[str, ...]:
-        """Attaches one rule, or finds what an earlier stage has attached for the same rule; returns what it trains."""
-        options = rule.options.model_dump()
+        """Attaches one rule, or goes on with what an earlier stage has attached for it; returns what it trains."""
+        names: list[str] = []
+        claims, lost = set(rule.claims) - less, set(less)
         for there in self.attachments:
-            if (there.method, there.part, there.options) == (rule.rule.method, rule.part.name, options):
-                lost = [f"{matrix}." for matrix in rule.part.matrices if f"{matrix}.weight" in less]
-                wrapped = tuple(lost) if rule.method.WRAPS else ()
-                return tuple(name for name in there.parameters if not name.startswith(wrapped))
-            both_wrap = rule.method.WRAPS and methods.load(there.method).WRAPS
-            if both_wrap and (set(rule.claims) - less) & self._claimed_by(there):
+            covered = self._claimed_by(there)
+            same = (there.method, there.options) == (rule.rule.method, rule.options.model_dump())
+            if same and (there.part == rule.part.name or (claims and claims >= covered)):
+                given_up = tuple(f"{tensor.removesuffix('.weight')}." for tensor in covered & less)
+                names += [name for name in there.trained if not name.startswith(given_up)]
+                lost |= covered
+            elif rule.method.WRAPS and methods.load(there.method).WRAPS and claims & covered:
                 raise MethodError(
-                    f"{rule.rule}: {there.method} of an earlier stage sits on the same matrices ({there.part})",
+                    f"{rule.rule}: {there} of an earlier stage sits on the same matrices",
                     mend="give the stage previous: merge or previous: drop, or repeat the earlier rule to train it on",
                 )
-        names = tuple(rule.method.attach(self.model, rule.part.without(less), rule.options))
+        if names and not (rule.method.WRAPS and claims - lost):
+            return tuple(names)
+        return (*names, *self._attach(rule, lost))
+
+    def _attach(self, rule: _Rule, less: set[str]) -> tuple[str, ...]:
+        """Puts one rule on the model; returns what it trains."""
+        part, known = rule.part.without(less), set(map(id, self._parameters.values()))
+        names = tuple(rule.method.attach(self.model, part, rule.options))
         self.model.train(self.model.training)  # what was added is in the model's mode
-        added = tuple(name for name in names if name not in self._parameters)
+        added = {name: tensor for name, tensor in self.model.named_parameters() if id(tensor) not in known}
+        self.changed.update(rule.method.changes(part, rule.options))
         if added:
-            now = dict(self.model.named_parameters())
-            self._parameters.update({name: now[name] for name in added})
+            self._parameters.update(added)
+            lost = tuple(sorted(less & set(rule.part.parameters)))
+            frozen = tuple(name for name in added if name not in set(names))
             self.attachments.append(
-                Attachment(
-                    rule.rule.method, rule.part.name, options, tuple(sorted(less & set(rule.part.parameters))), added
-                )
+                Attachment(rule.rule.method, rule.part.name, rule.options.model_dump(), lost, tuple(added), frozen)
             )
         return names
 
     def _claimed_by(self, attachment: Attachment) -> set[str]:
-        rule = self._read(Rule(part=attachment.part, method=attachment.method, **attachment.options))
-        return set(rule.claims) - set(attachment.less)
+        return set(self._read(attachment.rule).claims) - set(attachment.less)
 
     def _groups(self, rule: _Rule, names: tuple[str, ...]) -> list[Group]:
-        """Biases and norms are not decayed, as in Trainer."""
+        """One group for each learning rate and weight decay. Biases and norms are not decayed, as in Trainer."""
+        asked = rule.rule
         if not names:
             return []
-        norms = self.anatomy.norm_parameters()
-        decay = tuple(n for n in names if self._parameters[n].dim() > 1 and n not in norms)
-        rest = tuple(n for n in names if n not in set(decay))
-        rate, weight_decay = rule.rule.learning_rate, rule.rule.weight_decay
-        assert rate is not None, "the stage is not resolved"
-        assert weight_decay is not None, "the stage is not resolved"
-        return [Group(str(rule.rule), n, rate, w) for n, w in ((decay, weight_decay), (rest, 0.0)) if n]
+        rate, decay, lower = asked.learning_rate, asked.weight_decay, asked.layerwise_lr_decay or 1.0
+        assert rate is not None and decay is not None, "the stage is not resolved"
+
+        def settings(name: str) -> tuple[float, float]:
+            decays = self._parameters[name].dim() > 1 and name not in self.anatomy.norm_parameters
+            factor = rule.method.rate(name, rule.options) * lower ** self.anatomy.depth_of(name)
+            return rate * factor, decay if decays else 0.0
+
+        found = {name: settings(name) for name in names}
+        return [
+            Group(str(asked), tuple(name for name in names if found[name] == pair), *pair)
+            for pair in sorted(set(found.values()), reverse=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -273,7 +320,7 @@ def _check_pair(first: _Rule, second: _Rule, name: str, tied: bool) -> None:
             found=name,
             mend="give the two rules parts that do not overlap",
         )
-    one_freezes = (first.rule.method == "freeze") != (second.rule.method == "freeze")
+    one_freezes = first.method.FREEZES != second.method.FREEZES
     if (
         tied
         and one_freezes
@@ -286,86 +333,31 @@ def _check_pair(first: _Rule, second: _Rule, name: str, tied: bool) -> None:
         )
 
 
-def resolve(
-    strategy: Strategy,
-    training: Training,
-    anatomy: Anatomy,
-    width: int,
-    stage_defaults: dict[str, Any] = STAGE_DEFAULTS,
-) -> tuple[Strategy, list[str]]:
-    """Fills in all that was not given: the recipe's value first, then the default of the method or of a stage.
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model without its numbers (on the meta device), to try rules on at no cost."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
-    Args:
-        strategy: as asked for.
-        training: the recipe's own training keys.
-        anatomy: the model's parts.
-        width: the model's hidden width.
-        stage_defaults: for keys that neither stage nor recipe gives.
+
+def rehearse(strategy: Strategy, model: nn.Module, new: Iterable[str]) -> Assembly:
+    """Puts all stages of a resolved strategy on a copy of a model without its numbers, one after the other.
 
     Returns:
-        The strategy with every value, and the dotted paths of those that are defaults.
+        What the last stage would leave: what its model could be handed over as follows from it.
 
     Raises:
-        PartError, MethodError, RecipeError: a rule cannot be kept on this model.
+        PartError, MethodError: a rule cannot be kept, or a stage cannot merge or drop what is there.
     """
-    stages, defaults = [], []
-    for number, asked in enumerate(strategy.stages):
-        stage = asked.model_copy(deep=True)
-        if number == 0 and anatomy.new and all(rule.part != "new" for rule in stage.rules):
-            frozen = [n for n, rule in enumerate(stage.rules) if (rule.part, rule.method) == ("all", "freeze")]
-            stage.rules.insert(max(frozen, default=-1) + 1, Rule(part="new", method="full"))
-        here = f"stages.{number}"
-        for key, value in stage_defaults.items():
-            if getattr(stage, key) is None:
-                given = getattr(training, key)
-                setattr(stage, key, value if given is None else given)
-                if given is None:
-                    defaults.append(f"{here}.{key}")
-        for key in Training.model_fields:
-            if key == "max_steps" and asked.num_train_epochs is not None:
-                continue  # the stage gives its own length
-            if getattr(stage, key) is None and getattr(training, key) is not None:
-                setattr(stage, key, getattr(training, key))
-        if stage.max_steps is not None and f"{here}.num_train_epochs" in defaults:
-            stage.num_train_epochs = None
-            defaults.remove(f"{here}.num_train_epochs")
-        rules = [
-            _resolve_rule(rule, stage, anatomy, width, f"{here}.rules.{n}", defaults)
-            for n, rule in enumerate(stage.rules)
-        ]
-        stages.append(stage.model_copy(update={"rules": rules}))
-    resolved = strategy.model_copy(update={"stages": stages})
-    _check_merges(resolved)
-    return resolved, defaults
-
-
-def _resolve_rule(rule: Rule, stage: Stage, anatomy: Anatomy, width: int, here: str, defaults: list[str]) -> Rule:
-    method = methods.load(rule.method)
-    part = anatomy.part(rule.part)
-    options = methods.options_of(method, rule.method, rule.options).model_dump()
-    defaults.extend(f"{here}.{key}" for key in options if key not in rule.options)
-    rate, decay = rule.learning_rate or stage.learning_rate, rule.weight_decay
-    decay = stage.weight_decay if decay is None else decay
-    if rate is None:
-        rate = method.learning_rate(part, width) or None  # freeze has none
-        if rate is not None:
-            defaults.append(f"{here}.learning_rate")
-    if decay is None:
-        decay = method.WEIGHT_DECAY
-        defaults.append(f"{here}.weight_decay")
-    return Rule(part=rule.part, method=rule.method, learning_rate=rate, weight_decay=decay, **options)
-
-
-def _check_merges(strategy: Strategy) -> None:
-    """Says before training, not after, that a stage cannot merge what the stages before it add."""
-    added: list[Rule] = []
-    for stage in strategy.stages:
-        if stage.previous == "merge":
-            for rule in added:
-                merges = methods.load(rule.method).MERGES
-                if merges is not True:
-                    raise MethodError(
-                        f"strategy {strategy.name}, stage {stage.name}: {rule} cannot be merged: {merges}",
-                        mend="use previous: keep or previous: drop",
-                    )
-        added = stage.rules if stage.previous != "keep" else added + stage.rules
+    bare = skeleton(model)
+    assembly = Assembly(bare, Anatomy(bare, new))
+    for number, stage in enumerate(strategy.stages):
+        try:
+            assembly.begin(stage)
+        except MethodError as error:
+            problem = f"strategy {strategy.name}, stage {number + 1} ({stage.name}): {error.problem}"
+            raise MethodError(problem, found=error.found, expected=error.expected, mend=error.mend) from None
+    return assembly

@@ -17,10 +17,11 @@ from . import checkpoint
 from . import model as models
 from .anatomy import Anatomy
 from .checkpoint import MANIFEST, Base
-from .compose import Assembly, resolve
+from .compose import Assembly
 from .errors import MethodError
 from .origin import base_of
 from .recipe import Rule, Stage, Strategy, Training
+from .resolve import resolve
 from .train import HybridTrainer, Tuned, save_pretrained
 
 Trainer = HybridTrainer

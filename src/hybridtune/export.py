@@ -9,6 +9,8 @@ Each holds `hybridtune.json` (kind, task, base) and a README.md that says how to
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 
 from . import __version__, checkpoint, methods, predict
 from .checkpoint import Base
-from .compose import Assembly
+from .compose import Assembly, Attachment
 from .errors import RunError
 from .files import new_folder, write_json, write_text
 from .model import PACKAGED, Loaded
@@ -26,18 +28,18 @@ from .tasks import Task
 
 Kind = Literal["checkpoint", "adapter", "delta"]
 KINDS: tuple[Kind, ...] = ("checkpoint", "adapter", "delta")
-_PATTERNED = {"r", "lora_alpha"}  # the options that one LoraConfig can give each matrix its own value of
-_OF_TRAINING = {"lora_dropout", "init_lora_weights"}
+# The options that one LoraConfig can give each matrix its own value of, and the keys that do so.
+_PATTERNED = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+_OF_TRAINING = {"lora_dropout", "init_lora_weights", "loraplus_lr_ratio"}
 _CLASSIFIERS = ("classifier", "score")  # what PEFT keeps whole of every sequence classifier, asked or not
 
 
 def kinds(assembly: Assembly) -> list[Kind]:
     """The kinds that this model can be handed over as, the best first."""
     found: list[Kind] = []
-    used = {attachment.method for attachment in assembly.attachments}
-    if used == {"lora"} and _is_peft(assembly):
+    if _is_peft(assembly):
         found.append("adapter")
-    if all(methods.load(name).MERGES is True for name in used):
+    if not assembly.unmergeable():
         found.append("checkpoint")
     return [*found, "delta"]
 
@@ -115,10 +117,13 @@ def difference(stage: Path, folder: Path, texts: list[Any]) -> float:
 
 
 def _is_peft(assembly: Assembly) -> bool:
-    """Whether one LoraConfig can say all that LoRA has done, and else only the head was changed."""
+    """Whether one configuration of PEFT's can say all that was added, and else only the head was changed."""
+    used = {attachment.method for attachment in assembly.attachments}
+    if len(used) != 1 or methods.load(used.pop()).config is None:
+        return False
     anatomy, kept = assembly.anatomy, tuple(f"{name}." for name in _kept_whole(assembly))
     body = {*anatomy.part("layers").parameters, *anatomy.part("embeddings").parameters} - set(anatomy.new)
-    free = _PATTERNED | _OF_TRAINING
+    free = {*_PATTERNED, *_OF_TRAINING}
     shared = [{k: v for k, v in item.options.items() if k not in free} for item in assembly.attachments]
     return (
         not assembly.changed & (body | anatomy.tied)
@@ -141,35 +146,31 @@ def _kept_whole(assembly: Assembly) -> list[str]:
 
 
 def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> None:
-    """One LoraConfig for all rules, with patterns where ranks differ, so that plain PEFT loads all of it."""
-    from peft import LoraConfig
-
+    """One configuration for all rules, with patterns where ranks differ, so that plain PEFT loads all of it."""
     name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
-    first = assembly.attachments[0].options
-    ranks, alphas, targets = {}, {}, []
-    for attachment in assembly.attachments:
-        options = attachment.options
-        for path in dict.fromkeys(parameter.split(".lora_")[0] for parameter in attachment.parameters):
-            targets.append(path)
-            ranks[path], alphas[path] = options["r"], options["lora_alpha"]
-    rank, alpha = first["r"], first["lora_alpha"]
-    kept = _kept_whole(assembly)
-    shared = {key: value for key, value in first.items() if key not in _PATTERNED}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets,
+    kept, first = _kept_whole(assembly), assembly.attachments[0]
+    method = methods.load(first.method)
+    assert method.config is not None
+    own = {path: item.options for item in assembly.attachments for path in _matrices(assembly, item)}
+    patterns = {
+        pattern: {path: options[key] for path, options in own.items() if options[key] != first.options[key]}
+        for key, pattern in _PATTERNED.items()
+        if key in first.options
+    }
+    every = assembly.anatomy.part("all")
+    config = method.config(
+        method.Options(**first.options),
+        replace(every, matrices=tuple(name for name in every.matrices if name in own)),
+        target_modules=list(own),
         modules_to_save=kept or None,
-        rank_pattern={path: r for path, r in ranks.items() if r != rank},
-        alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
         base_model_name_or_path=name,
         revision=base.revision,
         inference_mode=True,
         task_type="SEQ_CLS" if base.auto_class.endswith("SequenceClassification") else None,
-        **shared,
+        **patterns,
     )
     config.save_pretrained(str(home))
-    tensors = {name.replace(".default.", "."): assembly.parameter(name) for name in assembly.added}
+    tensors = {re.sub(r"\.default(?=\.|$)", "", name): assembly.parameter(name) for name in assembly.added}
     for path in kept:
         module = assembly.model.get_submodule(path)
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
@@ -178,6 +179,12 @@ def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> N
         str(home / "adapter_model.safetensors"),
         metadata={"format": "pt"},
     )
+
+
+def _matrices(assembly: Assembly, attachment: Attachment) -> list[str]:
+    """Names of the matrices that an attachment sits on, from those of what it added."""
+    every = assembly.anatomy.part("all").matrices
+    return [name for name in every if any(added.startswith(f"{name}.") for added in attachment.parameters)]
 
 
 def _snippet(kind: Kind, base: Base, task: Task) -> str:

@@ -165,8 +165,13 @@ def width(model: PreTrainedModel) -> int:
     return int(found) if found else int(model.get_input_embeddings().weight.shape[1])
 
 
-def token_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None) -> int:
+def token_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None, taken: int = 0) -> int:
     """How many tokens of a row the model can take: its positions, the tokenizer's own limit, and what was asked for.
+
+    Args:
+        model, tokenizer: as loaded.
+        asked: by the user.
+        taken: positions that soft prompts take.
 
     Raises:
         ModelError: more was asked for than the model has positions.
@@ -177,6 +182,7 @@ def token_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aske
     ]
     if learned and learned[0].padding_idx is not None:  # RoBERTa's positions begin after the padding index
         positions = learned[0].num_embeddings - learned[0].padding_idx - 1
+    positions = positions - taken if positions else None
     limits = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
     if asked is not None:
         if positions and asked > positions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from . import console as consoles
 from . import model as models
 from . import trial
 from .anatomy import Anatomy
+from .compose import rehearse, skeleton
 from .console import Console
 from .data import check, read, split
 from .errors import DataError, RecipeError
-from .recipe import Recipe, Rule, Strategy
+from .recipe import Recipe, Rule, Strategy, Training
+from .resolve import positions, resolve
 from .stage import arguments_of
 from .tasks import Task
 from .trial import Setting
@@ -117,15 +120,9 @@ def setting_of(
     Raises:
         ModelError: the model cannot be loaded or cannot do the task.
     """
-    loaded = models.load(
-        recipe.model,
-        task.auto_class,
-        revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-        **task.model_config(),
-    )
-    task.prepare(loaded.model, loaded.tokenizer)
-    limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length)
+    loaded = trial.load(recipe, task)
+    taken = max(map(positions, recipe.strategies()))
+    limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length, taken)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
     lengths = {name: check.length_summary(np.asarray(table["length"][:]), limit) for name, table in encoded.items()}
     unknown = {name: sum(table["unknown"][:]) / max(sum(table["length"][:]), 1) for name, table in encoded.items()}
@@ -150,6 +147,7 @@ def setting_of(
         encoded["validation"],
         limit,
         models.fingerprint(loaded.model, loaded.new),
+        replace(loaded, model=skeleton(loaded.model)),
         callbacks,
         compute_metrics,
     )
@@ -157,7 +155,7 @@ def setting_of(
 
 
 def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[str]]:
-    """Resolves every candidate on the real model and tries its rules on it, so that no rule fails after hours.
+    """Resolves every candidate and tries its rules on the model without its numbers, so that none fails after hours.
 
     Returns:
         The strategies with every value, and the dotted paths of those values that are defaults.
@@ -166,10 +164,12 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
         PartError, MethodError, RecipeError: a rule cannot be kept on this model.
     """
     resolved, defaults, arguments = [], [], _arguments(setting)
+    bare = setting.bare
+    anatomy, width = Anatomy(bare.model, bare.new), models.width(bare.model)
+    training = Training(**{key: getattr(setting.recipe, key) for key in Training.model_fields})
     for number, strategy in enumerate(setting.recipe.strategies()):
-        loaded = setting.load()
-        full, chosen = trial.resolved(setting, strategy, loaded)
-        trial.rehearse(full, loaded)
+        full, chosen = resolve(strategy, training, anatomy, width)
+        left = rehearse(full, bare.model, bare.new)
         for stage in full.stages:
             arguments_of(arguments, stage, Path(setting.recipe.output), evaluates=True)
         resolved.append(full)
@@ -181,6 +181,8 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
             for n, rule in enumerate(stage.rules):
                 chosen_here = {path.rpartition(".")[2] for path in chosen if path.startswith(f"stages.{at}.rules.{n}.")}
                 console.line(f"       {_say_rule(rule, chosen_here)}", "dim")
+        for name, reason in left.unmergeable().items():
+            console.line(f"    cannot become a plain checkpoint: {name}: {reason}", "dim")
     return resolved, defaults
 
 

@@ -35,6 +35,21 @@ class Keys(BaseModel):
     )
 
 
+class Active(Keys):
+    """Which layers of a rule's part are trained at a time.
+
+    Attributes:
+        layers: how many; below 1 a share of them.
+        every: for how many steps, until others take their turn; below 1 a share of the stage's steps.
+        order: "random" (a new choice each time), "cycle" (one group after the other, from the top down) or "unfreeze"
+            (from the top down, that many more each time).
+    """
+
+    layers: float = Field(gt=0)
+    every: float = Field(gt=0)
+    order: Literal["random", "cycle", "unfreeze"] = "random"
+
+
 class Rule(Keys):
     """`part: method(options)`: one way to tune one part of the model, with its own learning rate and weight decay.
 
@@ -47,6 +62,8 @@ class Rule(Keys):
     method: str
     learning_rate: float | None = Field(None, gt=0)
     weight_decay: float | None = Field(None, ge=0)
+    layerwise_lr_decay: float | None = Field(None, gt=0, le=1)
+    active: Active | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -62,13 +79,17 @@ class Training(Keys):
     """How a stage is trained. In the recipe: for every stage; in a stage: for that stage alone.
 
     The names are those of `transformers.TrainingArguments`, `early_stopping_patience` and
-    `early_stopping_threshold` those of `transformers.EarlyStoppingCallback`.
+    `early_stopping_threshold` those of `transformers.EarlyStoppingCallback`. Three are our own: `max_seconds` ends a
+    stage at the first step after that time, `layerwise_lr_decay` multiplies the learning rate once for each layer that
+    lies between a weight and the head, and a stage's `repeat`.
     """
 
     learning_rate: float | None = Field(None, gt=0)
     weight_decay: float | None = Field(None, ge=0)
     num_train_epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
+    max_seconds: float | None = Field(None, gt=0)
+    layerwise_lr_decay: float | None = Field(None, gt=0, le=1)
     per_device_train_batch_size: int | None = Field(None, gt=0)
     gradient_accumulation_steps: int | None = Field(None, gt=0)
     lr_scheduler_type: str | None = None
@@ -91,11 +112,20 @@ class Training(Keys):
 
 
 class Stage(Training):
-    """A list of rules that are trained together."""
+    """A list of rules that are trained together.
+
+    Attributes:
+        name: of its folder.
+        rules: what is trained, and how.
+        previous: what happens to what the stage before has added: it stays on the model, is merged into its weights,
+            or is taken off.
+        repeat: how often it runs, each time as a stage of its own with a new optimizer and schedule.
+    """
 
     name: str | None = None
     rules: list[Rule] = Field(min_length=1)
     previous: Literal["keep", "merge", "drop"] = "keep"
+    repeat: int | None = Field(None, gt=0)
 
 
 class Strategy(Keys):

@@ -80,7 +80,7 @@ def race(
 
     Args:
         setting: what all trials share.
-        strategies: the candidates.
+        strategies: the candidates, resolved.
         seeds: each candidate runs with each.
         folder: each trial goes into `folder/NAME` (or `NAME-seed-N`).
         begin, end: called around every trial.

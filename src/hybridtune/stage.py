@@ -24,7 +24,9 @@ LOG, METRICS = "log.jsonl", "metrics.json"
 # What Trainer reports of an evaluation beside its metrics.
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 # Keys of a stage that are TrainingArguments' own.
-_ARGUMENTS = frozenset(Training.model_fields) - {"early_stopping_patience", "early_stopping_threshold"}
+_ARGUMENTS = frozenset(Training.model_fields) - {
+    *("early_stopping_patience", "early_stopping_threshold", "max_seconds", "layerwise_lr_decay")
+}
 
 
 def arguments_of(asked: TrainingArguments, stage: Stage, folder: Path, evaluates: bool) -> TrainingArguments:

@@ -35,11 +35,12 @@ from . import model as models
 from . import stage as stages
 from .anatomy import Anatomy
 from .checkpoint import Base
-from .compose import Assembly, Composition, resolve
+from .compose import Assembly, Composition, rehearse
 from .engine.microbatch import by_length, is_rows
 from .errors import RecipeError, RunError
 from .origin import base_of, new_of
 from .recipe import Stage, Strategy, Training, load_strategy
+from .resolve import resolve
 from .stage import METRICS, StageLog
 
 _NOT_GIVEN = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
@@ -143,6 +144,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             asked, Training(**given), self.assembly.anatomy, models.width(self.model), stage_defaults={}
         )
         self.in_place = strategy is None
+        if there is None:
+            rehearse(self.strategy, self.model, self.assembly.anatomy.new)
         written = asked if self.in_place else self.strategy
         self.manifest = {"strategy": written.model_dump(mode="json", exclude_none=True)} | self.manifest
 

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,12 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import model as models
-from .anatomy import Anatomy
 from .checkpoint import Base
-from .compose import Assembly, resolve
 from .errors import TrainingError
 from .files import read_json, write_json
 from .memory import PeakMemory
 from .model import Loaded
-from .recipe import Recipe, Strategy, Training
+from .recipe import Recipe, Strategy
 from .stage import METRICS, SPEED
 from .tasks import Task
 from .train import HybridTrainer
@@ -35,7 +33,17 @@ _PASSED = ("per_device_eval_batch_size", "bf16", "fp16", "report_to", "dataloade
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trials of a run share."""
+    """What all trials of a run share.
+
+    Attributes:
+        recipe, task: as asked for.
+        metric: that decides.
+        train, validation: rows cut into tokens.
+        limit: rows are cut after that many tokens.
+        fingerprint: of the model's weights.
+        bare: the model without its numbers, to try rules on.
+        callbacks, compute_metrics: the user's own.
+    """
 
     recipe: Recipe
     task: Task
@@ -44,6 +52,7 @@ class Setting:
     validation: Dataset
     limit: int
     fingerprint: str
+    bare: Loaded
     callbacks: Sequence[TrainerCallback] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
@@ -54,16 +63,7 @@ class Setting:
 
     def load(self) -> Loaded:
         """Loads the model afresh, made ready for the task."""
-        recipe = self.recipe
-        loaded = models.load(
-            recipe.model,
-            self.task.auto_class,
-            revision=recipe.revision,
-            trust_remote_code=recipe.trust_remote_code,
-            **self.task.model_config(),
-        )
-        self.task.prepare(loaded.model, loaded.tokenizer)
-        return loaded
+        return load(self.recipe, self.task)
 
     def base(self) -> Base:
         """How manifests name the model."""
@@ -76,6 +76,23 @@ class Setting:
             self.task.model_config(),
             recipe.trust_remote_code,
         )
+
+
+def load(recipe: Recipe, task: Task) -> Loaded:
+    """Loads a recipe's model, made ready for the task.
+
+    Raises:
+        ModelError: the model cannot be loaded or cannot do the task.
+    """
+    loaded = models.load(
+        recipe.model,
+        task.auto_class,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        **task.model_config(),
+    )
+    task.prepare(loaded.model, loaded.tokenizer)
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,6 @@ class Trial:
     peak_bytes: int | None
     trainable: int
     total: int
-    defaults: list[str] = field(default_factory=list)
 
     @property
     def stages(self) -> list[Path]:
@@ -107,29 +123,12 @@ class Trial:
         return sorted((f for f in found if f.name.split("-")[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
 
 
-def resolved(setting: Setting, strategy: Strategy, loaded: Loaded) -> tuple[Strategy, list[str]]:
-    """The strategy with every value filled in for this model, and which of them are defaults."""
-    training = Training(**{key: getattr(setting.recipe, key) for key in Training.model_fields})
-    return resolve(strategy, training, Anatomy(loaded.model, loaded.new), models.width(loaded.model))
-
-
-def rehearse(strategy: Strategy, loaded: Loaded) -> None:
-    """Puts all stages of a resolved strategy on a model, one after the other, without training it.
-
-    Raises:
-        PartError, MethodError: a rule cannot be kept.
-    """
-    assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
-    for stage in strategy.stages:
-        assembly.begin(stage)
-
-
 def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     """Trains a strategy, or reads what an earlier, finished trial in this folder has found.
 
     Args:
         setting: what all trials share.
-        strategy: as asked for.
+        strategy: resolved.
         seed: set before the model is loaded and before every stage.
         folder: of the trial; its stages go into `stages/`.
 
@@ -143,7 +142,6 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     set_seed(seed)
     loaded = setting.load()
     loaded.model._hybridtune_new = loaded.new  # type: ignore[assignment]
-    strategy, defaults = resolved(setting, strategy, loaded)
     trainer = HybridTrainer(
         loaded.model,
         training_arguments(setting, seed, folder),
@@ -190,7 +188,6 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         memory.peak(),
         max(read_json(stage / METRICS)["trainable"] for stage in trainer.stage_folders),
         sum(parameter.numel() for parameter in loaded.model.parameters()),
-        defaults,
     )
     write_json(folder / RESULT, {key: value for key, value in vars(trial).items() if key != "folder"})
     return trial

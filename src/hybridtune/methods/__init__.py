@@ -1,28 +1,38 @@
 """One file a method: its file name is its name. A user's own file works by its path, as `method: ./mine.py`.
 
-The contract of such a file:
+The contract of such a file; what stands in brackets may be left out:
 
-    SUMMARY, FORMULA, SOURCE       what `hybridtune methods` prints
-    MERGES                         True, or why its result cannot be folded into the model's weights
-    WRAPS                          True where it replaces the matrices that it sits on: two such on one are refused
     class Options(BaseModel)       its options with their defaults
     learning_rate(part, width)     default learning rate for a model of this hidden width
-    WEIGHT_DECAY                   default weight decay
-    claims(part, options)          names of the tensors that are its own: it trains them or keeps them frozen
     attach(model, part, options)   puts it on the model; returns the names of the parameters to train
-    merge(model, names)            folds what was attached into the weights (where MERGES is True)
-    detach(model, names)           takes what was attached off again
+    [claims(part, options)]        names of the tensors that are its own: it trains them or keeps them frozen
+    [changes(part, options)]       names of the model's own tensors that attach itself changes
+    [rate(name, options)]          factor on the rule's learning rate for one of its parameters
+    [positions(options)]           how many positions of the model's sequence it takes
+    [detach(model, names)]         takes what was attached off again; needed where attach adds parameters
+    [merge(model, names)]          folds what was attached into the weights and takes it off
+    [MERGES]                       why what it adds cannot be folded into the model's weights, where it cannot
+    [WRAPS]                        True where it replaces the matrices that it sits on: two such on one are refused
+    [FREEZES]                      True where it keeps what it claims from being trained
+    [WEIGHT_DECAY]                 default weight decay
+    [config(options, part, **keys)]   PEFT's configuration of it, where PEFT can load what it adds
+    [SUMMARY, FORMULA, SOURCE]     what `hybridtune methods` prints
 
 `part` comes less what later rules have claimed. No method sets `requires_grad`: `train.py` does, from the names.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, cast
+from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from torch import nn
@@ -31,27 +41,47 @@ from ..anatomy import Part
 from ..errors import MethodError, RecipeError, nearest, unknown
 
 
-class Method(Protocol):
-    """What a method's module offers; see above."""
+def _no_names(part: Part, options: Any) -> tuple[str, ...]:
+    return ()
 
-    SUMMARY: str
-    FORMULA: str
-    SOURCE: str
-    MERGES: bool | str
-    WRAPS: bool
-    WEIGHT_DECAY: float
+
+def _nothing(model: nn.Module, names: list[str]) -> None:
+    """Nothing was added."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as its file gives it; see above."""
+
+    name: str
+    module: ModuleType
     Options: type[BaseModel]
+    learning_rate: Callable[[Part, int], float]
+    attach: Callable[[nn.Module, Part, Any], list[str]]
+    claims: Callable[[Part, Any], tuple[str, ...]] = _no_names
+    changes: Callable[[Part, Any], tuple[str, ...]] = _no_names
+    rate: Callable[[str, Any], float] = lambda name, options: 1.0
+    positions: Callable[[Any], int] = lambda options: 0
+    merge: Callable[[nn.Module, list[str]], None] = _nothing
+    detach: Callable[[nn.Module, list[str]], None] = _nothing
+    MERGES: bool | str = True
+    WRAPS: bool = False
+    FREEZES: bool = False
+    WEIGHT_DECAY: float = 0.0
+    config: Callable[..., Any] | None = None
+    SUMMARY: str = ""
+    FORMULA: str = ""
+    SOURCE: str = ""
 
-    def learning_rate(self, part: Part, width: int) -> float: ...
-    def claims(self, part: Part, options: Any) -> tuple[str, ...]: ...
-    def attach(self, model: nn.Module, part: Part, options: Any) -> list[str]: ...
-    def merge(self, model: nn.Module, names: list[str]) -> None: ...
-    def detach(self, model: nn.Module, names: list[str]) -> None: ...
+    @property
+    def documentation(self) -> str:
+        """What the file says of itself."""
+        return inspect.getdoc(self.module) or ""
 
 
 def names() -> list[str]:
     """Names of the methods that the package brings."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def load(name: str) -> Method:
@@ -61,15 +91,55 @@ def load(name: str) -> Method:
         MethodError: there is no such method, or the file does not keep the contract.
     """
     if name.endswith(".py"):
-        return _load_file(Path(name))
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise MethodError(
+                f"method: {name}: there is no such file",
+                mend=f"the path is taken from {Path.cwd()}, where hybridtune was started",
+            )
+        return _own(name, path.resolve(), path.stat().st_mtime_ns)
     if name not in names():
         raise MethodError(
             f"method: {unknown('method', name, names())}", expected=", ".join(names()) + ", or a path such as ./mine.py"
         )
-    return cast(Method, importlib.import_module(f".{name}", __name__))
+    return _brought(name)
 
 
-def options_of(method: Method, name: str, given: dict[str, Any]) -> BaseModel:
+@functools.cache
+def _brought(name: str) -> Method:
+    return _method(name, importlib.import_module(f".{name}", __name__))
+
+
+@functools.cache
+def _own(name: str, path: Path, changed: int) -> Method:
+    """A user's file, run once for each version of it."""
+    spec = importlib.util.spec_from_file_location(f"hybridtune_method_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file may raise
+        raise MethodError(f"method: {name}: cannot be run", found=f"{type(error).__name__}: {error}") from error
+    return _method(name, module)
+
+
+def _method(name: str, module: ModuleType) -> Method:
+    """Raises MethodError where the module lacks what it must have."""
+    own = [field for field in fields(Method) if field.name not in ("name", "module")]
+    missing = [field.name for field in own if field.default is MISSING and not hasattr(module, field.name)]
+    if missing:
+        raise MethodError(
+            f"method: {name}: lacks {', '.join(missing)}", mend="`hybridtune methods --contract` says what a file needs"
+        )
+    given = {field.name: getattr(module, field.name) for field in own if hasattr(module, field.name)}
+    if hasattr(module, "detach") and not hasattr(module, "merge"):
+        given.setdefault("MERGES", "it has no merge()")
+    given.setdefault("SUMMARY", Path(name).stem)
+    return Method(name, module, **given)
+
+
+def options_of(method: Method, given: dict[str, Any]) -> BaseModel:
     """Checks a rule's options with the method's own Options.
 
     Raises:
@@ -79,42 +149,29 @@ def options_of(method: Method, name: str, given: dict[str, Any]) -> BaseModel:
     for option in given:
         if option not in known:
             guess = nearest(option, [*known, "learning_rate", "weight_decay"])
+            guess = guess or next((real for real in known if option in _WORDS.get(real, ())), None)
             raise RecipeError(
-                f"method {name}: unknown option {option}" + (f", did you mean {guess}?" if guess else ""),
+                f"method {method.name}: unknown option {option}" + (f", did you mean {guess}?" if guess else ""),
                 expected=", ".join(known) or "no options",
             )
     try:
         return method.Options(**given)
     except ValidationError as error:
         first = error.errors()[0]
-        option = ".".join(str(step) for step in first["loc"])
+        option = ".".join(str(step) for step in first["loc"]) or "its options"
+        cause = first.get("ctx", {}).get("error")
         raise RecipeError(
-            f"method {name}: {option} cannot be what it is", found=repr(first.get("input")), expected=first["msg"]
+            f"method {method.name}: {option}: {cause or first['msg'].removeprefix('Input ')}",
+            found=repr(first.get("input")),
         ) from None
 
 
-def _load_file(path: Path) -> Method:
-    if not path.is_file():
-        raise MethodError(f"method: {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"hybridtune_method_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    missing = [name for name in ("Options", "learning_rate", "claims", "attach", "detach") if not hasattr(module, name)]
-    if missing:
-        raise MethodError(
-            f"method: {path}: lacks {', '.join(missing)}", mend="see hybridtune/methods/__init__.py for the contract"
-        )
-    for name, value in (
-        ("SUMMARY", path.stem),
-        ("FORMULA", ""),
-        ("SOURCE", str(path)),
-        ("WRAPS", False),
-        ("WEIGHT_DECAY", 0.0),
-    ):
-        if not hasattr(module, name):
-            setattr(module, name, value)
-    if not hasattr(module, "MERGES"):
-        module.MERGES = hasattr(module, "merge") or "it has no merge()"  # type: ignore[attr-defined]
-    return cast(Method, module)
+# What people call the options of PEFT's names.
+_WORDS = {
+    "r": ("rank", "lora_rank", "lora_r"),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "num_virtual_tokens": ("length", "tokens", "prompt_length", "prefix_length"),
+    "bottleneck": ("r", "rank", "dim", "reduction_factor"),
+    "loraplus_lr_ratio": ("lora_plus", "loraplus"),
+}

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..anatomy import Block, Part
+from ..anatomy import Part
 from ..errors import MethodError
+from ..layers import Block
 
 SUMMARY = "small bottleneck networks beside frozen blocks"
 FORMULA = "h' = h + A(h)"
@@ -26,8 +27,6 @@ SOURCE = (
     "Pfeiffer et al. 2020, arXiv 2005.00247; parallel: He et al. 2021, arXiv 2110.04366"
 )
 MERGES = "an adapter is not linear in its input"
-WRAPS = False
-WEIGHT_DECAY = 0.0
 
 
 class Options(BaseModel):
@@ -156,8 +155,3 @@ def detach(model: nn.Module, names: list[str]) -> None:
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is adapter]:
                     del hooks[key]
         delattr(model.get_submodule(parent), child)
-
-
-def merge(model: nn.Module, names: list[str]) -> None:
-    """Adapters do not merge; see MERGES."""
-    raise MethodError(f"adapter: cannot be merged: {MERGES}", mend="use previous: keep or drop")

@@ -10,9 +10,7 @@ from ..anatomy import Part
 SUMMARY = "nothing of the part is trained"
 FORMULA = "W' = W"
 SOURCE = "Yosinski et al. 2014, How transferable are features in deep neural networks?, arXiv 1411.1792"
-MERGES = True
-WRAPS = False
-WEIGHT_DECAY = 0.0
+FREEZES = True
 
 
 class Options(BaseModel):
@@ -34,11 +32,3 @@ def claims(part: Part, options: Options) -> tuple[str, ...]:
 def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
     """Adds nothing and trains nothing."""
     return []
-
-
-def merge(model: nn.Module, names: list[str]) -> None:
-    """Nothing was changed."""
-
-
-def detach(model: nn.Module, names: list[str]) -> None:
-    """Nothing was added."""

@@ -10,8 +10,6 @@ from ..anatomy import Part
 SUMMARY = "every weight of the part is trained"
 FORMULA = "W' = W - a dL/dW"
 SOURCE = "Howard & Ruder 2018, Universal Language Model Fine-tuning for Text Classification, arXiv 1801.06146"
-MERGES = True
-WRAPS = False
 WEIGHT_DECAY = 0.01
 
 
@@ -36,11 +34,3 @@ def claims(part: Part, options: Options) -> tuple[str, ...]:
 def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
     """Adds nothing; the part's own tensors are trained."""
     return list(part.parameters)
-
-
-def merge(model: nn.Module, names: list[str]) -> None:
-    """The weights are already the model's own."""
-
-
-def detach(model: nn.Module, names: list[str]) -> None:
-    """Nothing was added."""
