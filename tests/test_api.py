@@ -26,6 +26,7 @@ import hybridtune
 from hybridtune import api, checkpoint, evaluate, predict
 from hybridtune.console import Console
 from hybridtune.errors import DataError, HybridtuneError, RecipeError, RunError, UserError
+from hybridtune.files import write_text
 
 HEAD = {"part": "head", "method": "full"}
 MIX = {
@@ -542,6 +543,17 @@ def test_output_that_is_or_stands_below_a_file(tune: Callable[..., hybridtune.Ru
         with pytest.raises(RunError, match="run is a file"):
             tune(output=str(tmp_path / output))
     assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that takes no folders: /proc")
+def test_output_that_cannot_be_made(tune: Callable[..., hybridtune.Run], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"^output: /proc/x/y cannot be written\n  found: "):
+        tune(output="/proc/x/y")
+    with pytest.raises(RunError, match="/proc/x/out.jsonl: cannot be written"):
+        write_text(Path("/proc/x/out.jsonl"), "")
+    with pytest.raises(RunError, match="cannot be written"):
+        tune(output=str(tmp_path / ("x" * 300)))
+    assert list(tmp_path.iterdir()) == []
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[UserError], str]] = {

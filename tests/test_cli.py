@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,24 @@ def test_runs(call: Callable[..., Any], run: Path, home: Path) -> None:
     assert (told["state"], told["strategy"], told["metric"]) == ("done", "head", "accuracy")
     assert "accuracy" in call("runs", run.parent).stdout
     assert json.loads(call("runs", home / "nowhere", "--json").stdout) == []
+
+
+def test_one_damaged_run_does_not_hide_the_others(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    for name in ("a", "begun", "decided", "no-json", "no-recipe", "strange"):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("model", "stages"))
+    (tmp_path / "begun" / "decision.json").unlink()
+    for name in ("begun", "decided"):
+        (tmp_path / name / "evaluation.json").unlink()
+    (tmp_path / "no-json" / "evaluation.json").write_text('{"goal"')
+    (tmp_path / "no-recipe" / "recipe.yaml").write_text("a recipe")
+    (tmp_path / "strange" / "evaluation.json").write_text("[1]")
+    told = json.loads(call("runs", tmp_path, "--json").stdout)
+    assert [Path(one["run"]).name for one in told] == ["a", "begun", "decided", "no-json", "no-recipe", "strange"]
+    assert [one["state"] for one in told] == ["done", "unfinished", "unfinished", "damaged", "damaged", "damaged"]
+    assert "evaluation.json: is not JSON" in told[3]["problem"]
+    said = call("runs", tmp_path).stdout
+    assert said.count("unfinished: continue with --resume") == 2
+    assert re.search(r"! .*no-recipe: .*recipe\.yaml: holds no keys", said)
 
 
 def test_doctor(call: Callable[..., Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,11 +36,7 @@ def claim(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     folder = Path(recipe.output).expanduser()
     if resume and overwrite:
         raise RunError("output: --resume and --overwrite exclude each other", mend="give one of them")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RunError(f"output: {there} is a file", mend="choose another output")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"output: {there} cannot be written", mend="choose another output")
+    there = _writable(folder)
     if there is not folder or not any(folder.iterdir()):
         return folder
     if not (folder / _ASKED).is_file():
@@ -59,6 +55,22 @@ def claim(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
                 mend="resume with the same recipe, or give --overwrite",
             )
     return folder
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there.
+
+    A folder is made in it and taken away again: rights alone do not tell, /proc refuses what they allow.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise RunError(f"output: {there} is a file", mend="choose another output")
+        tempfile.TemporaryDirectory(prefix=".hybridtune-", dir=there).cleanup()
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise RunError(f"output: {folder} cannot be written", found=found, mend="choose another output") from None
+    return there
 
 
 def _asked(recipe: Recipe) -> dict[str, Any]:
