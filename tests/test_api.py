@@ -737,3 +737,20 @@ def test_the_score_is_that_of_the_weights_that_are_kept(tune: Callable[..., hybr
     kept = run.decision["candidates"][0]["validation"]["loss"]
     assert kept == pytest.approx(min(losses) if best else losses[-1], abs=1e-6)
     assert losses[-1] != min(losses)  # else this says nothing
+
+
+def test_doubts_are_said_on_the_console_and_in_the_report(tune: Callable[..., hybridtune.Run], tmp_path: Path) -> None:
+    said = io.StringIO()
+    rows = texts.splits(60, 49, 20)
+    run = tune(**rows, baselines=True, learning_rate=1e-12, console=Console(stream=said))  # learns nothing
+    best = max(run.evaluation["baselines"], key=lambda one: one["metrics"]["macro_f1"]["value"])
+    own, other = (metrics["macro_f1"]["value"] for metrics in (run.evaluation["metrics"], best["metrics"]))
+    assert own < other
+    few, beaten = "only 49 validation rows", f"head does not beat the best baseline on the test rows: macro_f1 {own:.3f}"
+    page = (run.folder / "report.html").read_text("utf-8")
+    for doubt in (few, beaten):
+        assert any(warning.startswith(doubt) for warning in run.evaluation["warnings"])
+        assert doubt in said.getvalue()
+        assert doubt in page
+    again = tune(**{**rows, "validation": texts.labelled(50, 9)}, output=str(tmp_path / "more"))
+    assert not any("validation rows" in warning for warning in again.evaluation["warnings"])
