@@ -746,7 +746,8 @@ def test_doubts_are_said_on_the_console_and_in_the_report(tune: Callable[..., hy
     best = max(run.evaluation["baselines"], key=lambda one: one["metrics"]["macro_f1"]["value"])
     own, other = (metrics["macro_f1"]["value"] for metrics in (run.evaluation["metrics"], best["metrics"]))
     assert own < other
-    few, beaten = "only 49 validation rows", f"head does not beat the best baseline on the test rows: macro_f1 {own:.3f}"
+    few = "only 49 validation rows"
+    beaten = f"head does not beat the best baseline on the test rows: macro_f1 {own:.3f}"
     page = (run.folder / "report.html").read_text("utf-8")
     for doubt in (few, beaten):
         assert any(warning.startswith(doubt) for warning in run.evaluation["warnings"])

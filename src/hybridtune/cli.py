@@ -299,21 +299,14 @@ def doctor(as_json: Json = False) -> None:
 
 def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """One dict from the file, then the flags, then --set."""
-    from .recipe import read_recipe, with_values
+    from .recipe import read_recipe, with_keys, with_values
 
-    tree = read_recipe(path) if path is not None else {}
-    given = {key: value for key, value in flags.items() if value is not None}
-    data = tree.get("data") or {}
-    if isinstance(data, dict):  # what it is else, the recipe refuses
-        data = {**data, **{key: given.pop(key) for key in ("train", "validation", "test") if key in given}}
-        if columns := _columns(given.pop("column", None)):
-            data["columns"] = {**(data.get("columns") or {}), **columns}
-    goal = {key: given.pop(key) for key in ("maximize", "minimize") if key in given}
-    if "strategy" in given and len(given["strategy"]) == 1:
-        given["strategy"] = given["strategy"][0]
-    if seeds := given.pop("seed", None):
-        given |= {"seed": seeds[0], "seeds": None} if len(seeds) == 1 else {"seeds": seeds}
-    tree = {**tree, **given, "data": data} | ({"goal": goal} if goal else {})
+    keys = {**flags, "columns": _columns(flags.get("column")) or None}
+    keys.pop("column", None)
+    for one, several in (("strategy", "strategy"), ("seed", "seeds")):  # given once, or several times
+        if given := keys.pop(one, None):
+            keys[one if len(given) == 1 else several] = given[0] if len(given) == 1 else given
+    tree = with_keys(read_recipe(path) if path is not None else {}, keys, str(path or "the command line"))
     return with_values(tree, assignments) if assignments else tree
 
 
