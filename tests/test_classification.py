@@ -114,6 +114,16 @@ def several(seed: int, count: int, form: Callable[[list[str]], Any]) -> list[dic
     return [{"text": row["text"], "label": form(sets[number % 5])} for number, row in enumerate(rows)]
 
 
+def test_the_separator_of_train_is_kept_in_the_state() -> None:
+    rows = [{"text": f"a {n}", "label": "red, green|blue" if n % 2 else "blue"} for n in range(20)]
+    task, _ = checked(rows, multi_label=True)
+    again = Task.from_state(json.loads(json.dumps(task.state())))
+    new = Dataset.from_list([{"text": "a", "label": "red, green", "_row": 1}])
+    assert again.encode(new, tiny.tokenizer(), 9)["labels"][:] == [
+        [1.0 if name == "red, green" else 0.0 for name in again.labels]
+    ]
+
+
 @pytest.mark.parametrize("form", [list, "|".join, ";".join, lambda labels: str(list(labels))])
 def test_several_labels_a_row(form: Callable[[list[str]], Any]) -> None:
     task, rows = checked(several(1, 20, form), multi_label=True)

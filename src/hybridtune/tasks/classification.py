@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from .. import tasks
 from ..data import check
-from ..data.labels import label_lists
+from ..data.labels import label_lists, separators_of
 from ..errors import DataError, ModelError, RecipeError, unknown
 from . import Stats, metrics
 from .metrics import Interval
@@ -46,10 +46,11 @@ class Task(tasks.Task):
         weights: Sequence[float] | None = None,
         pairs: bool = False,
         hints: dict[str, str] | None = None,
+        separators: str | None = None,
     ) -> None:
         self.labels, self.multi_label, self.template = list(labels), multi_label, template
         self.class_weight, self.weights = class_weight, list(weights) if weights else None
-        self.hints = dict(hints or {})
+        self.hints, self.separators = dict(hints or {}), separators
         self._take_pairs(pairs)
         names = ("macro_f1", "accuracy", "micro_f1") if multi_label else ("macro_f1", "accuracy", "weighted_f1", "mcc")
         self.metrics = dict.fromkeys(names, "maximize")
@@ -90,7 +91,11 @@ class Task(tasks.Task):
                 splits = {**splits, name: rows.remove_columns("text_pair")}
         if self.template is not None and "{text_pair}" in self.template and not self.pairs:
             raise RecipeError("template: has a place for text_pair, but rows are no pairs", found=self.template)
-        splits, findings = check.check_classification(splits, sources=sources, multi_label=self.multi_label)
+        if self.multi_label and "label" in splits["train"].column_names:
+            self.separators = separators_of(splits["train"]["label"][:])  # rows to come are cut as these are
+        splits, findings = check.check_classification(
+            splits, sources=sources, multi_label=self.multi_label, separators=self.separators
+        )
         if not self.labels:
             self.labels = check.label_names(splits["train"], self.multi_label)
         if self.class_weight:
@@ -128,6 +133,7 @@ class Task(tasks.Task):
             "weights": self.weights,
             "pairs": self.pairs,
             "hints": self.hints,
+            "separators": self.separators,
         }
 
     @classmethod
@@ -202,7 +208,8 @@ class Task(tasks.Task):
     def _multi_hot(self, rows: Dataset) -> np.ndarray:
         number = {label: index for index, label in enumerate(self.labels)}
         hot = np.zeros((len(rows), len(self.labels)), dtype=np.int64)
-        for at, (labels, row) in enumerate(zip(label_lists(rows["label"][:], True), rows["_row"][:], strict=True)):
+        found = label_lists(rows["label"][:], True, self.separators)
+        for at, (labels, row) in enumerate(zip(found, rows["_row"][:], strict=True)):
             hot[at, [number[self._known(label, row, number)] for label in labels]] = 1
         return hot
 
