@@ -44,15 +44,6 @@ RUN = BEFORE_TRAINING | {"decision.json", "evaluation.json", "predictions.jsonl"
 STAGE = {"delta.safetensors", "manifest.json", "metrics.json", "log.jsonl"}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT without a head, as models on the hub are."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.classifier("bert").base_model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def tune(base: Path, tmp_path: Path) -> Callable[..., hybridtune.Run]:
     """Tunes the tiny model quickly, into `tmp_path / "run"`."""

@@ -26,15 +26,6 @@ from hybridtune.recipe import Recipe
 from hybridtune.tasks.classification import Task
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT without a head."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.classifier("bert").base_model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def tune(base: Path, tmp_path: Path) -> Callable[..., hybridtune.Run]:
     """Tunes the head of the tiny model for one epoch."""
