@@ -1,5 +1,7 @@
 """The command line. Thin: every heavy import stands inside its command, so that `--help` answers at once.
 
+Longer than other files: each command's options stand here with their help, and little else does.
+
 Exit codes: 0 done, 1 failure, 2 the user's mistake, 130 stopped with Ctrl-C.
 """
 
