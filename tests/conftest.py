@@ -24,6 +24,17 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT without a head, as models on the hub are."""
+    import tiny  # here, so that tests without a model need not wait for torch
+
+    folder = tmp_path_factory.mktemp("base")
+    tiny.classifier("bert").base_model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quick_collections() -> None:
     """Accelerate collects garbage before every training: the imported libraries' million objects need no look then."""

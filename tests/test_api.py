@@ -26,6 +26,7 @@ import hybridtune
 from hybridtune import api, checkpoint, evaluate, predict
 from hybridtune.console import Console
 from hybridtune.errors import DataError, HybridtuneError, RecipeError, RunError, UserError
+from hybridtune.files import write_text
 
 HEAD = {"part": "head", "method": "full"}
 MIX = {
@@ -41,15 +42,6 @@ MIX = {
 BEFORE_TRAINING = {"asked.json", "recipe.yaml", "environment.json", "data.json"}
 RUN = BEFORE_TRAINING | {"decision.json", "evaluation.json", "predictions.jsonl", "report.html"}
 STAGE = {"delta.safetensors", "manifest.json", "metrics.json", "log.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT without a head, as models on the hub are."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.classifier("bert").base_model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -544,6 +536,17 @@ def test_output_that_is_or_stands_below_a_file(tune: Callable[..., hybridtune.Ru
     assert (tmp_path / "run").read_text() == "mine"
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that takes no folders: /proc")
+def test_output_that_cannot_be_made(tune: Callable[..., hybridtune.Run], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"^output: /proc/x/y cannot be written\n  found: "):
+        tune(output="/proc/x/y")
+    with pytest.raises(RunError, match="/proc/x/out.jsonl: cannot be written"):
+        write_text(Path("/proc/x/out.jsonl"), "")
+    with pytest.raises(RunError, match="cannot be written"):
+        tune(output=str(tmp_path / ("x" * 300)))
+    assert list(tmp_path.iterdir()) == []
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "file": ({"train": "nothing.csv"}, DataError, "there is no such file"),
     "one class": ({"train": texts.labelled(9, labels=["ham"])}, DataError, "one class only"),
@@ -725,3 +728,21 @@ def test_the_score_is_that_of_the_weights_that_are_kept(tune: Callable[..., hybr
     kept = run.decision["candidates"][0]["validation"]["loss"]
     assert kept == pytest.approx(min(losses) if best else losses[-1], abs=1e-6)
     assert losses[-1] != min(losses)  # else this says nothing
+
+
+def test_doubts_are_said_on_the_console_and_in_the_report(tune: Callable[..., hybridtune.Run], tmp_path: Path) -> None:
+    said = io.StringIO()
+    rows = texts.splits(60, 49, 20)
+    run = tune(**rows, baselines=True, learning_rate=1e-12, console=Console(stream=said))  # learns nothing
+    best = max(run.evaluation["baselines"], key=lambda one: one["metrics"]["macro_f1"]["value"])
+    own, other = (metrics["macro_f1"]["value"] for metrics in (run.evaluation["metrics"], best["metrics"]))
+    assert own < other
+    few = "only 49 validation rows"
+    beaten = f"head does not beat the best baseline on the test rows: macro_f1 {own:.3f}"
+    page = (run.folder / "report.html").read_text("utf-8")
+    for doubt in (few, beaten):
+        assert any(warning.startswith(doubt) for warning in run.evaluation["warnings"])
+        assert doubt in said.getvalue()
+        assert doubt in page
+    again = tune(**{**rows, "validation": texts.labelled(50, 9)}, output=str(tmp_path / "more"))
+    assert not any("validation rows" in warning for warning in again.evaluation["warnings"])

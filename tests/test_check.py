@@ -117,6 +117,23 @@ def test_a_misspelt_label_is_renamed() -> None:
     assert found["label_typo", "validation"].count == 1
 
 
+def test_a_label_that_may_be_misspelt_is_kept_and_named() -> None:
+    train = many("refund", 19) + many("order", 19) + [("x", "refnd")]
+    repaired, found = check(train)
+    item = found["doubtful_label", "train"]
+    assert (item.count, item.level) == (1, "warning")
+    assert item.did == "kept, but perhaps misspelt: refnd (1) for refund (19)"
+    assert item.examples == [{"row": 40, "text": "x", "label": "refnd", "suggestion": "refund"}]
+    assert Counter(repaired["train"]["label"]) == {"refund": 19, "order": 19, "refnd": 1}
+    assert ("doubtful_label", "train") not in check(many("refund", 11) + many("refnd", 3))[1]  # more than a quarter
+
+
+def test_the_separator_of_train_is_that_of_all_splits() -> None:
+    train = [(f"a {n}", "red, green|blue") for n in range(10)] + [(f"b {n}", "blue") for n in range(10)]
+    repaired, _ = check(train, [("x", "red, green")], multi_label=True)
+    assert repaired["validation"]["label"][:] == [["red, green"]]
+
+
 def test_labels_of_two_types_become_text() -> None:
     repaired, found = check(many(0, 9) + many(1, 9), [("x", "0"), ("y", "1")])
     assert set(repaired["train"]["label"]) == {"0", "1"}

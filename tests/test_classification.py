@@ -26,15 +26,6 @@ from hybridtune.recipe import Recipe
 from hybridtune.tasks.classification import Task
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT without a head."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.classifier("bert").base_model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def tune(base: Path, tmp_path: Path) -> Callable[..., hybridtune.Run]:
     """Tunes the head of the tiny model for one epoch."""
@@ -112,6 +103,16 @@ def several(seed: int, count: int, form: Callable[[list[str]], Any]) -> list[dic
     sets = [["a"], ["b"], ["a", "c"], [], ["c"]]
     rows = texts.labelled(count, seed)
     return [{"text": row["text"], "label": form(sets[number % 5])} for number, row in enumerate(rows)]
+
+
+def test_the_separator_of_train_is_kept_in_the_state() -> None:
+    rows = [{"text": f"a {n}", "label": "red, green|blue" if n % 2 else "blue"} for n in range(20)]
+    task, _ = checked(rows, multi_label=True)
+    again = Task.from_state(json.loads(json.dumps(task.state())))
+    new = Dataset.from_list([{"text": "a", "label": "red, green", "_row": 1}])
+    assert again.encode(new, tiny.tokenizer(), 9)["labels"][:] == [
+        [1.0 if name == "red, green" else 0.0 for name in again.labels]
+    ]
 
 
 @pytest.mark.parametrize("form", [list, "|".join, ";".join, lambda labels: str(list(labels))])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,12 @@ def test_every_command_explains_itself(call: Callable[..., Any], command: str) -
     assert len(re.findall(r"--json", words)) == 1
 
 
+@pytest.mark.parametrize("command", ["tune", "predict"])
+def test_examples_stand_on_lines_of_their_own(call: Callable[..., Any], command: str) -> None:
+    lines = call(command, "--help").output.splitlines()
+    assert sum(line.strip().startswith(f"hybridtune {command} ") for line in lines) == 2
+
+
 def test_examples_in_help_use_options_that_exist(call: Callable[..., Any]) -> None:
     for command in COMMANDS:
         words = " ".join(call(command, "--help").output.split())
@@ -167,7 +174,29 @@ def test_predict(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     result = call("predict", run, "--input", "columns.csv", "--column", "text=body", "--json")
     assert len(json.loads(result.stdout)["predictions"]) == 24
     told = json.loads(call("predict", run, "--input", "test.csv", "--output", tmp_path / "o", "--json").stdout)
-    assert told == {"rows": 8, "output": str(tmp_path / "o")}
+    assert told == {"rows": 8, "output": str(tmp_path / "o"), "warnings": []}
+
+
+def test_predict_replaces_no_file_unasked(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("mine")
+    result = call("predict", run, "--input", "test.csv", "--output", output)
+    assert result.exit_code == 2
+    assert f"output: {output} exists" in result.stderr
+    assert output.read_text() == "mine"
+    assert call("predict", run, "--input", "test.csv", "--output", output, "--overwrite").exit_code == 0
+    assert len(output.read_text().splitlines()) == 8
+
+
+def test_predict_names_empty_rows(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    rows = texts.save_csv(tmp_path / "rows.csv", [{"text": text, "n": "1"} for text in ("good", " ", "bad", "")])
+    result = call("predict", run, "--input", rows)
+    assert result.stderr == "warning: 2 of 4 rows are empty, their predictions mean nothing: row 3, 5\n"
+    assert [set(json.loads(line)) for line in result.stdout.splitlines()] == [{"label", "scores"}] * 4
+    result = call("predict", run, "good", "", "--json")
+    assert json.loads(result.stdout)["warnings"] == ["1 of 2 rows are empty, their predictions mean nothing: row 2"]
+    with pytest.warns(UserWarning, match="1 of 2 rows are empty"):
+        api.load(run).predict(["", "good"])
 
 
 def test_evaluate(call: Callable[..., Any], run: Path) -> None:
@@ -212,7 +241,19 @@ def test_check(call: Callable[..., Any], home: Path) -> None:
     assert call("check", "check.yaml").exit_code == 2
     assert call("check", "check.yaml", "--model", "m").exit_code == 0
     (home / "check.yaml").unlink()
+    said = call("check", *flags[:2], "--train", "columns.csv", "--column", "text=body", "--column", "label=kind").output
+    assert "  columns: text = body, label = kind\n" in said
+    assert re.search(r"  2 labels in train: (h|sp)am \d+, (h|sp)am \d+\n", said)
     assert everything(home) == before
+
+
+def test_a_guessed_encoding_is_said(call: Callable[..., Any], tmp_path: Path) -> None:
+    rows = "".join(f"gr\u00fcn {letter},ham\nsch\u00f6n {letter},spam\n" for letter in "abcdefghijkl")
+    (tmp_path / "old.csv").write_bytes(("message,label\n" + rows).encode("cp1252"))
+    said = call("check", "--model", "m", "--train", tmp_path / "old.csv", "--test", "test.csv").output
+    assert re.search(r"! .*old\.csv, read as cp125\d, which is a guess", said)
+    assert "  columns of train: text = message, label = label\n  columns of test: text = text, label = label\n" in said
+    assert "is a guess" not in call("check", "--model", "m", "--train", "train.csv").output
 
 
 def test_methods_and_strategies(call: Callable[..., Any]) -> None:
@@ -237,6 +278,24 @@ def test_runs(call: Callable[..., Any], run: Path, home: Path) -> None:
     assert (told["state"], told["strategy"], told["metric"]) == ("done", "head", "accuracy")
     assert "accuracy" in call("runs", run.parent).stdout
     assert json.loads(call("runs", home / "nowhere", "--json").stdout) == []
+
+
+def test_one_damaged_run_does_not_hide_the_others(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    for name in ("a", "begun", "decided", "no-json", "no-recipe", "strange"):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("model", "stages"))
+    (tmp_path / "begun" / "decision.json").unlink()
+    for name in ("begun", "decided"):
+        (tmp_path / name / "evaluation.json").unlink()
+    (tmp_path / "no-json" / "evaluation.json").write_text('{"goal"')
+    (tmp_path / "no-recipe" / "recipe.yaml").write_text("a recipe")
+    (tmp_path / "strange" / "evaluation.json").write_text("[1]")
+    told = json.loads(call("runs", tmp_path, "--json").stdout)
+    assert [Path(one["run"]).name for one in told] == ["a", "begun", "decided", "no-json", "no-recipe", "strange"]
+    assert [one["state"] for one in told] == ["done", "unfinished", "unfinished", "damaged", "damaged", "damaged"]
+    assert "evaluation.json: is not JSON" in told[3]["problem"]
+    said = call("runs", tmp_path).stdout
+    assert said.count("unfinished: continue with --resume") == 2
+    assert re.search(r"! .*no-recipe: .*recipe\.yaml: holds no keys", said)
 
 
 def test_doctor(call: Callable[..., Any]) -> None:
@@ -286,6 +345,19 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         tune_words(train="one-class.csv", test=None, validation=None),
         r"one-class\.csv: train has one class only",
     ),
+    "swapped columns": (
+        tune_words("--column", "text=label", "--column", "label=text"),
+        r"train\.csv: text and label look swapped\n[\s\S]*the other way round: --column",
+    ),
+    "swapped columns, held out": (
+        tune_words("--column", "text=label", "--column", "label=text", test=None, validation=None),
+        r"train\.csv.*: text and label look swapped",
+    ),
+    "too few rows": (
+        tune_words("--max-rows", "1"),
+        r"train has one class only\n.*1 of the 2 labels.*\(max_rows: 1\)\n[\s\S]*more rows with --max-rows",
+    ),
+    "one file twice": (tune_words(test="./train.csv"), r"data\.test: is the same file as data\.train"),
     "label of test": (
         tune_words(test="eggs.csv"),
         r'eggs\.csv:6: train has no label "spamm"[\s\S]*did you mean "spam"\?',
@@ -315,7 +387,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "no config": (tune_words(model="foreign"), r"model foreign: the folder has no config\.json"),
     "no task": (tune_words(task="clasification"), r'unknown task "clasification", did you mean "classification"\?'),
-    "no task at all": (tune_words(task=None), r"task is missing\n.*--task"),
+    "no task at all": (tune_words(task=None), r"task is missing\n.*--task classification"),
     "no train": (tune_words(train=None), r"train is missing\n.*--train FILE"),
     "strategy": (tune_words(strategy="loraa"), r'unknown strategy "loraa", did you mean "lora"\?'),
     "strategy twice": (tune_words("--strategy", "head"), r'"head" is listed more than once'),
@@ -332,8 +404,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "option": (tune_words(*rule("{part: layers, method: lora, rank: 4}")), r"method lora: unknown option rank"),
     "metric": (tune_words(maximize="acuracy"), r'unknown metric "acuracy", did you mean "accuracy"\?'),
+    "part of a metric": (tune_words(maximize="f1"), r'unknown metric "f1", did you mean "macro_f1"\?'),
+    "recipe that is a folder": (["tune", "m"], r"m: is a folder"),
     "wrong way": (tune_words(minimize="accuracy"), r"goal: minimize accuracy"),
-    "device": (tune_words("--set", "device=tpu"), r"device cannot be what it is\n.*'tpu'"),
+    "device": (tune_words("--set", "device=tpu"), r"device is not 'auto', 'cpu', 'cuda' or 'mps'\n.*'tpu'"),
     "max length": (tune_words("--set", "max_length=100000"), r"max_length: 100000 is more than the model can take"),
     "recipe": (["tune", "missing.yaml"], r"missing\.yaml: there is no such file"),
     "broken recipe": (["tune", "broken.yaml"], r"broken\.yaml:3:1: is not readable YAML"),
@@ -398,7 +472,10 @@ def test_mistakes_with_a_run(call: Callable[..., Any], run: Path, home: Path) ->
     before = everything(home)
     for words, says in (
         (["predict", run, "--input", "nothing.csv"], r"nothing\.csv: there is no such file"),
-        (["predict", run, "--input", "columns.csv"], r"there is no column for text\n.*body, kind"),
+        (
+            ["predict", run, "--input", "columns.csv"],
+            r'there is no column for text\n.*body, kind\n.*\n.*columns=\{"text": "body"\} or --column text=body',
+        ),
         (["predict", run, "a", "--input", "test.csv"], "either texts or --input"),
         (["evaluate", run, "--data", "eggs.csv"], r'eggs\.csv: row 6: unknown label "spamm", did you mean "spam"\?'),
         (["evaluate", run, "--data", "columns.csv", "--column", "text=body"], "there is no column for label"),
@@ -469,6 +546,7 @@ def test_the_real_command_is_calm_where_nobody_looks(home: Path) -> None:
     steps = [line for line in said.splitlines() if re.match(r"\d/5 ", line)]
     assert [step[:3] for step in steps] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     assert "hybridtune predict done/real" in said
+    assert ", 1 epoch, batch" in said
 
 
 def test_ctrl_c_while_it_trains(home: Path) -> None:

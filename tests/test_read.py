@@ -156,6 +156,14 @@ def test_sample_has_no_row_twice(limit: int) -> None:
 # What is refused
 
 
+def test_a_missing_file_is_not_taken_for_any_other_of_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"rows\.csv: there is no such file\n.*give the path of an existing file"):
+        read(tmp_path / "rows.csv", "train")
+    with pytest.raises(DataError, match=r"test\.tsv: there is no such file\n.*did you mean .*test\.csv\?"):
+        read(tmp_path / "test.tsv", "train")
+
+
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", "text\na\n")
     write(tmp_path / "notes.md", "")

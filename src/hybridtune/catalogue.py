@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import Console, seconds
+from .errors import UserError
 from .files import read_json
 from .recipe import built_in_strategies, load_strategy, read_recipe
 
@@ -69,30 +70,43 @@ def runs(folder: Path, console: Console) -> list[dict[str, Any]]:
         run = recipe.parent
         if not (run / "environment.json").is_file():  # somebody's recipe, not a run
             continue
-        asked = read_recipe(recipe)
-        entry: dict[str, Any] = {"run": str(run), "model": asked["model"], "task": asked["task"], "state": "begun"}
-        if (run / "decision.json").is_file():
-            entry |= {"state": "decided", "strategy": read_json(run / "decision.json")["chosen"]}
-        if (run / "evaluation.json").is_file():
-            evaluation = read_json(run / "evaluation.json")
-            metric = evaluation["goal"]["metric"]
-            spent = sum(candidate["seconds"] for candidate in evaluation["candidates"])
-            entry |= {"state": "done", "metric": metric, **evaluation["metrics"].get(metric, {}), "seconds": spent}
-        found.append(entry)
+        try:
+            found.append(_run(run))
+        except (UserError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+            # One file that cannot be read, or holds something else, must not hide the other runs.
+            problem = error.problem if isinstance(error, UserError) else f"a file of it holds something else: {error!r}"
+            found.append({"run": str(run), "state": "damaged", "problem": problem})
     if not found:
         console.line(f"no runs in {folder}")
         return found
     rows = [
         (
             e["run"],
-            e["model"],
-            e["task"],
+            e.get("model", "-"),
+            e.get("task", "-"),
             e.get("strategy", "-"),
-            e["state"],
+            e["state"] + (": continue with --resume" if e["state"] == "unfinished" else ""),
             f"{e['metric']} {e['value']:.3f}" if "value" in e else "-",
             seconds(e["seconds"]) if "seconds" in e else "-",
         )
         for e in found
     ]
     console.table(("run", "model", "task", "strategy", "state", "test", "trained for"), rows)
+    for entry in found:
+        if "problem" in entry:
+            console.warn(f"{entry['run']}: {entry['problem']}")
     return found
+
+
+def _run(run: Path) -> dict[str, Any]:
+    """What is known of one run; it is unfinished as long as there is no evaluation."""
+    asked = read_recipe(run / "recipe.yaml")
+    entry: dict[str, Any] = {"run": str(run), "model": asked["model"], "task": asked["task"], "state": "unfinished"}
+    if (run / "decision.json").is_file():
+        entry["strategy"] = read_json(run / "decision.json")["chosen"]
+    if (run / "evaluation.json").is_file():
+        evaluation = read_json(run / "evaluation.json")
+        metric = evaluation["goal"]["metric"]
+        spent = sum(candidate["seconds"] for candidate in evaluation["candidates"])
+        entry |= {"state": "done", "metric": metric, **evaluation["metrics"].get(metric, {}), "seconds": spent}
+    return entry

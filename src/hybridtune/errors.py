@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class HybridtuneError(Exception):
@@ -76,9 +77,20 @@ class RunError(UserError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Returns the known word that `word` was probably meant to be, or None."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """Returns the known word that `word` was probably meant to be, or is the end of ("f1", "macro_f1"), or None."""
+    known = list(known)
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return matches[0] if matches else next((one for one in known if one.endswith(f"_{word.lower()}")), None)
+
+
+def nearest_file(path: Path, pattern: str = "*") -> Path | None:
+    """Returns the file or folder beside `path` that was probably meant, or None.
+
+    Names are compared without their endings, which all files of a kind share.
+    """
+    entries = [entry for entry in sorted(path.parent.glob(pattern)) if not entry.name.startswith(".")]
+    matches = difflib.get_close_matches(path.stem, [entry.stem for entry in entries], n=1, cutoff=0.7)
+    return next((entry for entry in entries if entry.stem == matches[0]), None) if matches else None
 
 
 def unknown(kind: str, word: str, known: Iterable[str]) -> str:

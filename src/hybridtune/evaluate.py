@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from .select import Decision
 from .tasks import Stats, Task
 from .tasks.metrics import mean_and_spread
 from .trial import Setting, Trial
+
+# Below this, one standard error of an accuracy of 80% is more than 5 points: larger than most gaps between strategies.
+FEW_VALIDATION_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def evaluate(
     """
     scores = {(t.strategy, t.seed): score(_predictor(setting, t), test) for c in decision.candidates for t in c.trials}
     best = scores[decision.trial.strategy, decision.trial.seed]
+    baselines = _baselines(setting, train, test) if with_baselines else []
     candidates = []
     for candidate in decision.candidates:
         shown = candidate.best(decision.metric, decision.direction)
@@ -89,11 +94,35 @@ def evaluate(
         "model": "model",
         "goal": {"metric": decision.metric, "direction": decision.direction},
         "candidates": candidates,
-        "baselines": _baselines(setting, train, test) if with_baselines else [],
+        "baselines": baselines,
         **setting.task.errors(best.stats, test, best.predictions),
-        "warnings": sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
+        "warnings": [
+            *sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
+            *_doubts(setting, decision, best.metrics, baselines),
+        ],
     }
     return evaluation, best
+
+
+def _doubts(
+    setting: Setting, decision: Decision, metrics: dict[str, Any], baselines: list[dict[str, Any]]
+) -> Iterator[str]:
+    """What makes the choice, or the whole tuning, doubtful."""
+    metric, sign = decision.metric, 1 if decision.direction == "maximize" else -1
+    comparable = [one for one in baselines if metric in one["metrics"]]
+    if metric in metrics and comparable:
+        best = max(comparable, key=lambda one: sign * one["metrics"][metric]["value"])
+        own, other = metrics[metric]["value"], best["metrics"][metric]["value"]
+        if sign * own <= sign * other:
+            yield (
+                f"{decision.chosen.strategy} does not beat the best baseline on the test rows: "
+                f"{metric} {own:.3f}, {best['name']} {other:.3f}"
+            )
+    if len(setting.validation) < FEW_VALIDATION_ROWS:
+        yield (
+            f"only {len(setting.validation)} validation rows: which strategy and which epoch is best on them "
+            "is mostly chance"
+        )
 
 
 def write_predictions(path: Path, rows: Dataset, scores: Scores) -> None:

@@ -33,7 +33,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 found=f"{shutil.disk_usage(there).free / 2**20:.0f} MiB free",
                 mend="free some space or choose another output; what was finished before is kept",
             ) from None
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
+        # A file that is not there, where one was to be written: the folder around it cannot be made.
+        unmade = number == errno.ENOENT and not path.parent.exists()
+        if unmade or number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR):
             raise RunError(f"{path}: cannot be written", found=str(error), mend="choose another output") from None
         raise
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,12 +36,9 @@ def claim(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     folder = Path(recipe.output).expanduser()
     if resume and overwrite:
         raise RunError("output: --resume and --overwrite exclude each other", mend="give one of them")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RunError(f"output: {there} is a file", mend="choose another output")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"output: {there} cannot be written", mend="choose another output")
+    there = _there(folder)
     if there is not folder or not any(folder.iterdir()):
+        _try_out(there, folder)
         return folder
     if not (folder / _ASKED).is_file():
         raise RunError(f"output: {folder} holds other files", mend="choose another output, or empty it")
@@ -58,7 +55,32 @@ def claim(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
                 found=f"different {', '.join(changed)}",
                 mend="resume with the same recipe, or give --overwrite",
             )
+    _try_out(folder, folder)
     return folder
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    with _writing(folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"output: {there} is a file", mend="choose another output")
+    return there
+
+
+def _try_out(there: Path, folder: Path) -> None:
+    """Makes a folder and takes it away again: rights alone do not tell, /proc refuses what they allow."""
+    with _writing(folder):
+        tempfile.TemporaryDirectory(prefix=".hybridtune-", dir=there).cleanup()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise RunError(f"output: {folder} cannot be written", found=found, mend="choose another output") from None
 
 
 def _asked(recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from . import checkpoint, tasks
 from . import model as models
 from .checkpoint import Base
 from .data import read as reading
+from .data.rows import row_numbers
 from .errors import DataError, RunError
 from .files import read_json
 from .tasks import Task
 
 ABOUT = "hybridtune.json"
+SHOWN_ROWS = 10
 
 
 @dataclass
@@ -42,13 +45,17 @@ class Predictor:
     batch_size: int = 32
 
     def predict(
-        self, rows: Iterable[Any] | Dataset | pd.DataFrame, columns: dict[str, str] | None = None
+        self,
+        rows: Iterable[Any] | Dataset | pd.DataFrame,
+        columns: dict[str, str] | None = None,
+        warn: Callable[[str], Any] = warnings.warn,
     ) -> list[dict[str, Any]]:
         """Predicts rows given as dicts of the task's columns, or as bare strings where one text is all.
 
         Args:
             rows: a list of them, a `datasets.Dataset` or a pandas frame.
             columns: what the columns are called, where they are not called as in training.
+            warn: is told of rows without any text, for which a prediction means nothing.
 
         Raises:
             DataError: a row lacks a column.
@@ -58,26 +65,41 @@ class Predictor:
         table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self.task.rows_from(list(rows))
         if len(table) == 0:
             return []
-        encoded = self.encode(table, columns)
+        texts = self.texts(table, columns)
+        numbers = row_numbers(table) if isinstance(table, Dataset) else range(1, len(texts) + 1)
+        empty = [number for number, *row in zip(numbers, *texts[:].values(), strict=True) if not any(map(_says, row))]
+        if empty:
+            shown = ", ".join(map(str, empty[:SHOWN_ROWS])) + (", ..." if len(empty) > SHOWN_ROWS else "")
+            warn(f"{len(empty)} of {len(texts)} rows are empty, their predictions mean nothing: row {shown}")
+        encoded = self.task.encode(texts, self.tokenizer, self.limit)
         return self.task.decode(logits(self.model, encoded, self.tokenizer, self.batch_size))
 
     def encode(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
-        """Token ids of rows that need no labels; columns may have any of the names that training data may have."""
+        """Token ids of rows that need no labels."""
+        return self.task.encode(self.texts(rows, columns), self.tokenizer, self.limit)
+
+    def texts(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
+        """What the model reads of rows, which need no labels; columns may have any name that training data may have."""
         table, inputs = reading.read(rows, "input"), list(self.task.inputs)
         wanted = {name: self.task.columns[name] for name in inputs}
         own = {name: column for name, column in self.task.hints.items() if column in table.column_names}
         hints = {name: column for name, column in {**own, **(columns or {})}.items() if name in wanted}
-        table = reading.map_columns(table, "input", "the rows", wanted, hints, inputs).select_columns(inputs)
+        table = reading.map_columns(table, "input", "the rows", wanted, hints, inputs, in_recipe=False)
+        table = table.select_columns(inputs)
         for name in inputs:
             for at, value in enumerate(table[name][:]):
                 if value is None or isinstance(value, (list, dict)):
                     raise DataError(f"row {at + 1}: {name} is " + ("missing" if value is None else "not a text"))
-        return self.task.encode(table, self.tokenizer, self.limit)
+        return table
 
     def to(self, device: torch.device | str) -> Predictor:
         """Moves the model."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
+
+
+def _says(value: Any) -> bool:
+    return bool(str(value).strip())
 
 
 def logits(model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> np.ndarray:

@@ -21,14 +21,17 @@ from .anatomy import Anatomy
 from .compose import rehearse, skeleton
 from .console import Console
 from .data import check, read, split
+from .data.files import READ_AS
 from .errors import DataError, RecipeError
-from .recipe import Recipe, Rule, Strategy, Training
+from .recipe import Recipe, Rule, Stage, Strategy, Training
 from .resolve import positions, resolve
 from .stage import arguments_of
 from .tasks import Task
 from .trial import Setting
 
 _KINDS_OF_ROWS = {"datasets.Dataset", "datasets.DatasetDict", "pandas.DataFrame", "list of dicts"}  # as describe says
+_SPLITS = ("train", "validation", "test")
+_SHOWN_LABELS = 8
 
 
 def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dataset], dict[str, Any]]:
@@ -40,21 +43,8 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
     Raises:
         DataError: a file, column, label or row is not what it has to be.
     """
-    if recipe.data.train is None:
-        raise RecipeError("data: train is missing", mend="add data: {train: ...} or --train FILE")
-    sources, rows = {}, {}
-    for name in ("train", "validation", "test"):
-        source = getattr(recipe.data, name)
-        if source is None:
-            continue
-        if isinstance(source, str) and source in _KINDS_OF_ROWS:
-            raise DataError(
-                f"data.{name}: was a {source} in Python, of which the recipe does not hold the rows",
-                mend=f"give them again: tune(recipe, {name}=rows)",
-            )
-        sources[name] = read.describe(source)
-        table = read.read(source, name, max_rows=recipe.max_rows)
-        rows[name] = read.map_columns(table, name, sources[name], task.columns, recipe.data.columns, task.required)
+    rows, sources, columns = _read(recipe, task)
+    _say_columns(columns, sources, console)
     seed = recipe.all_seeds()[0]
     for name, fraction in (("test", 0.2), ("validation", 0.1)):
         if name not in rows:
@@ -65,12 +55,16 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
                 f"({len(rows[name])} rows, stratified, seed {seed})"
             )
     read_counts = {name: len(table) for name, table in rows.items()}
-    rows, findings = task.check(rows, sources)
+    try:
+        rows, findings = task.check(rows, sources)
+    except DataError as error:
+        raise _of_max_rows(recipe, task, sources["train"], rows["train"], error) from None
     data = {
         "task": recipe.task,
         "splits": {
             name: {
                 "source": sources[name],
+                "columns": columns.get(name, columns["train"]),
                 "rows_read": read_counts[name],
                 "rows": len(table),
                 "fingerprint": _fingerprint(table, [*task.inputs, "label"]),
@@ -80,19 +74,100 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
         **task.profile(rows),
         "findings": [finding.as_dict() for finding in findings],
     }
-    console.line("  " + ", ".join(f"{name} {len(rows[name]):,} rows" for name in ("train", "validation", "test")))
+    console.line("  " + ", ".join(f"{name} {len(rows[name]):,} rows" for name in _SPLITS))
+    _say_labels(data.get("labels", []), console)
     for finding in findings:
         say = console.warn if finding.level == "warning" else lambda text: console.line(f"  - {text}")
         say(f"{finding.split}: {finding.count} x {finding.kind}: {finding.did}")
     return rows, data
 
 
+def _read(recipe: Recipe, task: Task) -> tuple[dict[str, Dataset], dict[str, str], dict[str, dict[str, str]]]:
+    """The rows of the splits that are given, with the task's columns; where each is from, what its columns were."""
+    if recipe.data.train is None:
+        raise RecipeError("data: train is missing", mend="add data: {train: ...} or --train FILE")
+    sources, columns, rows = {}, {}, {}
+    for name in _SPLITS:
+        source = getattr(recipe.data, name)
+        if source is None:
+            continue
+        if isinstance(source, str) and source in _KINDS_OF_ROWS:
+            raise DataError(
+                f"data.{name}: was a {source} in Python, of which the recipe does not hold the rows",
+                mend=f"give them again: tune(recipe, {name}=rows)",
+            )
+        _refuse_same_file(recipe, name, source)
+        sources[name] = read.describe(source)
+        table = read.read(source, name, max_rows=recipe.max_rows)
+        wanted = (name, sources[name], task.columns, recipe.data.columns, task.required)
+        columns[name] = read.find_columns(table, *wanted)
+        rows[name] = read.map_columns(table, *wanted)
+    return rows, sources, columns
+
+
+def _refuse_same_file(recipe: Recipe, name: str, source: Any) -> None:
+    """A file has one split; of a folder or a hub id, each split may be another."""
+    for other in _SPLITS[: _SPLITS.index(name)]:
+        before = getattr(recipe.data, other)
+        paths = [Path(one).expanduser() for one in (before, source) if isinstance(one, (str, Path))]
+        if len(paths) == 2 and all(path.is_file() for path in paths) and paths[0].samefile(paths[1]):
+            raise DataError(
+                f"data.{name}: is the same file as data.{other}",
+                found=str(source),
+                expected="rows that no other split has",
+                mend=f"name another file, or leave {name} away: a part of train is held out then",
+            )
+
+
+def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error: DataError) -> DataError:
+    """The error, with another mend where it is `max_rows` that has left labels of train out."""
+    if recipe.max_rows is None or "label" not in train.column_names:
+        return error
+    table = read.read(recipe.data.train, "train")
+    every = read.map_columns(table, "train", source, task.columns, recipe.data.columns, task.required)
+    have, there = (len(set(map(str, rows["label"][:]))) for rows in (train, every))
+    if have == there:
+        return error
+    return DataError(
+        error.problem,
+        found=f"{have} of the {there} labels of train among the first choice of rows (max_rows: {recipe.max_rows})",
+        expected=error.expected,
+        mend="take more rows with --max-rows, or all of them",
+    )
+
+
+def _say_columns(columns: dict[str, dict[str, str]], sources: dict[str, str], console: Console) -> None:
+    """Which columns are taken for what, once where all files have the same, and which encoding was guessed."""
+    told: dict[str, list[str]] = {}
+    for name, found in columns.items():
+        told.setdefault(", ".join(f"{known} = {column}" for known, column in found.items()), []).append(name)
+    for said, splits in told.items():
+        console.line(f"  columns{'' if len(told) == 1 else ' of ' + ' and '.join(splits)}: {said}")
+    for source in dict.fromkeys(sources.values()):
+        encoding = source.partition(READ_AS)[2]
+        if encoding and not encoding.startswith("utf"):  # those begin with a mark that says so
+            console.warn(f"{source}, which is a guess: where letters look wrong, save the file as UTF-8")
+
+
+def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
+    """The most frequent labels of train."""
+    if labels:
+        ranked = sorted(labels, key=lambda one: -one["train"])
+        shown = ", ".join(f"{one['label']} {one['train']:,}" for one in ranked[:_SHOWN_LABELS])
+        more = f" and {len(ranked) - _SHOWN_LABELS:,} more" if len(ranked) > _SHOWN_LABELS else ""
+        console.line(f"  {len(ranked)} labels in train: {shown}{more}")
+
+
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
         return split.hold_out(train, fraction, recipe.all_seeds()[0], multi_label=bool(recipe.multi_label))
-    except DataError:
-        type(task).from_recipe(recipe).check({"train": train}, {"train": source})  # may know better what is wrong
-        raise
+    except DataError as error:
+        problem = error
+    try:
+        type(task).from_recipe(recipe).check({"train": train}, {"train": source})
+    except DataError as known_better:
+        problem = known_better
+    raise _of_max_rows(recipe, task, source, train, problem)
 
 
 def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
@@ -176,7 +251,7 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
         defaults += [f"strategy.{number}.{path}" for path in chosen]
         console.line(f"  {full.name}" + (f": {full.title}" if full.title else ""))
         for at, stage in enumerate(full.stages):
-            length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.num_train_epochs:g} epochs"
+            length = _length(stage)
             console.line(f"    {at + 1}. {stage.name}, {length}, batch {stage.per_device_train_batch_size}", "dim")
             for n, rule in enumerate(stage.rules):
                 chosen_here = {path.rpartition(".")[2] for path in chosen if path.startswith(f"stages.{at}.rules.{n}.")}
@@ -211,6 +286,11 @@ def _say_rule(rule: Rule, defaults: set[str]) -> str:
     )
     said = f"{rule.part}: {rule.method}" + (f"({given})" if given else "")
     return said + (f", defaults: {filled}" if filled else "")
+
+
+def _length(stage: Stage) -> str:
+    number, unit = (stage.max_steps, "step") if stage.max_steps else (stage.num_train_epochs, "epoch")
+    return f"{number:g} {unit}" + ("" if number == 1 else "s")
 
 
 def _short(value: Any) -> str:

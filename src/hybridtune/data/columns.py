@@ -18,6 +18,7 @@ def map_columns(
     wanted: dict[str, tuple[str, ...]],
     hints: dict[str, str],
     required: Collection[str],
+    in_recipe: bool = True,
 ) -> Dataset:
     """Gives the columns their canonical names.
 
@@ -28,10 +29,35 @@ def map_columns(
         wanted: canonical name -> other names that the column commonly has, tried in order, whatever their case.
         hints: canonical name -> the user's column (`data.columns` of the recipe); wins.
         required: canonical names that must be found.
+        in_recipe: whether hints stand in a recipe, for messages; else they were given with the call.
 
     Returns:
         The rows with canonical names. Other columns are kept, but one that stands in the way of a canonical name is
         left out.
+
+    Raises:
+        DataError: as `find_columns`.
+    """
+    found = find_columns(rows, split, source, wanted, hints, required, in_recipe)
+    in_the_way = [name for name in rows.column_names if name in wanted and name not in found.values()]
+    renames = {column: canonical for canonical, column in found.items() if column != canonical}
+    rows = rows.remove_columns(in_the_way) if in_the_way else rows
+    return rows.rename_columns(renames) if renames else rows
+
+
+def find_columns(
+    rows: Dataset,
+    split: str,
+    source: str,
+    wanted: dict[str, tuple[str, ...]],
+    hints: dict[str, str],
+    required: Collection[str],
+    in_recipe: bool = True,
+) -> dict[str, str]:
+    """Finds the columns of a task, with the arguments of `map_columns`.
+
+    Returns:
+        Canonical name -> the column that it is.
 
     Raises:
         DataError: a hint names no column or no canonical name, two hints name one column, or a required column is
@@ -39,7 +65,7 @@ def map_columns(
     """
     where = f"{source.partition(READ_AS)[0]} ({split})"
     columns = [name for name in rows.column_names if name != ROW]
-    found = _hinted(columns, where, wanted, hints)
+    found = _hinted(columns, where, wanted, hints, in_recipe)
     for canonical, known in wanted.items():
         free = [name for name in columns if name not in found.values()]
         column = None if canonical in found else _known(free, (canonical, *known))
@@ -52,32 +78,30 @@ def map_columns(
                 f"{where}: there is no column for {canonical}",
                 found=", ".join(columns),
                 expected=" or ".join(dict.fromkeys((canonical, *wanted.get(canonical, ())))),
-                mend=_mend(canonical, free[0])
+                mend=_mend(canonical, free[0], in_recipe)
                 if free
                 else f"add a column {canonical}; the first line names the columns",
             )
-    in_the_way = [name for name in columns if name in wanted and name not in found.values()]
-    renames = {column: canonical for canonical, column in found.items() if column != canonical}
-    rows = rows.remove_columns(in_the_way) if in_the_way else rows
-    return rows.rename_columns(renames) if renames else rows
+    return {canonical: found[canonical] for canonical in wanted if canonical in found}
 
 
 def _hinted(
-    columns: list[str], where: str, wanted: dict[str, tuple[str, ...]], hints: dict[str, str]
+    columns: list[str], where: str, wanted: dict[str, tuple[str, ...]], hints: dict[str, str], in_recipe: bool
 ) -> dict[str, str]:
     found: dict[str, str] = {}
+    key = "data.columns" if in_recipe else "columns (--column)"
     for canonical, column in hints.items():
         if canonical not in wanted:
-            raise DataError(f"data.columns: {unknown('column', canonical, wanted)}", expected=", ".join(wanted))
+            raise DataError(f"{key}: {unknown('column', canonical, wanted)}", expected=", ".join(wanted))
         if column not in columns:
             guess = nearest(column, columns)
             raise DataError(
-                f'{where}: there is no column "{column}", which data.columns names for {canonical}',
+                f'{where}: there is no column "{column}", which {key} names for {canonical}',
                 found=", ".join(columns),
-                mend=f'did you mean "{guess}"?' if guess else _mend(canonical, columns[0]),
+                mend=f'did you mean "{guess}"?' if guess else _mend(canonical, columns[0], in_recipe),
             )
         if column in found.values():
-            raise DataError(f'data.columns: "{column}" is named twice', found=hints, expected="a column for each")
+            raise DataError(f'{key}: "{column}" is named twice', found=hints, expected="a column for each")
         found[canonical] = column
     return found
 
@@ -92,5 +116,6 @@ def _known(columns: list[str], names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _mend(canonical: str, column: str) -> str:
-    return f"say which column it is, e.g. data: {{columns: {{{canonical}: {column}}}}} or --column {canonical}={column}"
+def _mend(canonical: str, column: str, in_recipe: bool) -> str:
+    written = f"data: {{columns: {{{canonical}: {column}}}}}" if in_recipe else f'columns={{"{canonical}": "{column}"}}'
+    return f"say which column it is, e.g. {written} or --column {canonical}={column}"

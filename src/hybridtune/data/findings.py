@@ -21,8 +21,8 @@ class Finding:
     """Something that the check found, and what it did about it.
 
     Attributes:
-        kind: `label_type`, `missing_label`, `empty_text`, `label_variant`, `label_typo`, `duplicate`, `conflict`,
-            `leak`, `small_class`, `imbalance` or `absent_class`.
+        kind: `label_type`, `missing_label`, `empty_text`, `label_variant`, `label_typo`, `doubtful_label`, `duplicate`,
+            `conflict`, `leak`, `small_class`, `imbalance` or `absent_class`.
         split: the split where it was found.
         count: how many rows; how many classes for `small_class`, `imbalance` and `absent_class`.
         did: what was done, in words.

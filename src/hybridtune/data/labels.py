@@ -19,6 +19,7 @@ SEPARATORS = "|;,"
 
 TYPO_ROWS = 3
 TYPO_SHARE = 0.05
+DOUBT_SHARE = 0.25  # up to here, too frequent to be renamed and too rare to be sure of
 TYPO_EDITS = 2
 TYPO_LENGTH = 5
 
@@ -82,10 +83,16 @@ def sort_labels(labels: Iterable[Any]) -> list[Any]:
     return sorted(distinct)
 
 
-def label_lists(values: Sequence[Any], multi_label: bool) -> list[list[Any]]:
-    """Returns for every row the list of its labels; of a single-label row without a label, an empty one."""
+def label_lists(values: Sequence[Any], multi_label: bool, separators: str | None = None) -> list[list[Any]]:
+    """Returns for every row the list of its labels; of a single-label row without a label, an empty one.
+
+    Args:
+        values: of the column label.
+        multi_label: whether a row may have several labels, or none.
+        separators: as of `split_labels`; looked for in the values themselves where not given.
+    """
     if multi_label:
-        separators = separators_of(values)
+        separators = separators_of(values) if separators is None else separators
         return [split_labels(value, separators) for value in values]
     return [[] if value is None else [value] for value in map(tidy, values)]
 
@@ -121,8 +128,8 @@ def variants(counts: Counter[Any]) -> dict[Any, Any]:
     return renames
 
 
-def typos(counts: Counter[Any]) -> dict[Any, Any]:
-    """Returns label -> the frequent label that it most likely is a misspelling of.
+def typos(counts: Counter[Any], share: float = TYPO_SHARE) -> dict[Any, Any]:
+    """Returns label -> the frequent label, of which it has at most that share, that it likely is a misspelling of.
 
     A misspelling is rare, close, and begins with the right letter; what begins otherwise ("likely" and "unlikely",
     "import" and "export") is more often a word of its own.
@@ -135,7 +142,7 @@ def typos(counts: Counter[Any]) -> dict[Any, Any]:
         near = [
             (edits, -counts[other], other)
             for other in words
-            if counts[label] <= TYPO_SHARE * counts[other]
+            if counts[label] <= share * counts[other]
             and other[0].casefold() == label[0].casefold()
             and (edits := DamerauLevenshtein.distance(label, other, score_cutoff=TYPO_EDITS)) <= TYPO_EDITS
             and _letters(label) != _letters(other)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,12 +18,12 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from ..errors import DataError
-from .columns import map_columns
+from ..errors import DataError, nearest_file
+from .columns import find_columns, map_columns
 from .files import READ_AS, TEXT_SUFFIXES, encoding_of, read_text_file
 from .tables import ROW, from_columns, from_dicts, from_frame, plain, without_dictionaries
 
-__all__ = ["ROW", "SUFFIXES", "Source", "describe", "map_columns", "read"]
+__all__ = ["ROW", "SUFFIXES", "Source", "describe", "find_columns", "map_columns", "read"]
 
 Source: TypeAlias = str | Path | Dataset | DatasetDict | pd.DataFrame | Sequence[dict[str, Any]]
 
@@ -176,9 +175,8 @@ def _load_parquet(name: str, path: Path) -> Dataset:
 def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
-    near = get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"did you mean {path.parent / near[0]}?" if near else "give the path of an existing file"
+    near = nearest_file(path)
+    return f"did you mean {near}?" if near else "give the path of an existing file"
 
 
 def _split_of(source: Any, split: str, where: str) -> Dataset:

@@ -130,7 +130,7 @@ def text_columns(data: Dataset, where: str) -> list[tuple[str, ...]]:
     return list(zip(*columns, strict=True))
 
 
-def open_rows(split: str, data: Dataset, source: str, multi_label: bool) -> Rows:
+def open_rows(split: str, data: Dataset, source: str, multi_label: bool, separators: str | None = None) -> Rows:
     """Takes the texts and labels out of a data set with canonical columns.
 
     Raises:
@@ -145,7 +145,7 @@ def open_rows(split: str, data: Dataset, source: str, multi_label: bool) -> Rows
     numbers = row_numbers(data)
     _refuse_odd_labels(values, numbers, where, multi_label)
     keys = [text_key(*pair) for pair in texts]
-    labels = label_lists(values, multi_label)
+    labels = label_lists(values, multi_label, separators)
     missing = [value is None if multi_label else not row for value, row in zip(values, labels, strict=True)]
     return Rows(split, where, multi_label, data, list(range(len(data))), numbers, texts, keys, labels, missing)
 

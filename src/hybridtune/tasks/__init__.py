@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Stats = dict[str, np.ndarray]
 
+_NO_TASKS = {"baselines", "metrics"}  # what the tasks share
+
 
 class Task(ABC):
     """What a task knows: its columns, its model class, its loss, its predictions and its metrics.
@@ -121,7 +123,7 @@ class Task(ABC):
 
 def names() -> list[str]:
     """Names of the tasks that the package brings."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "metrics")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_TASKS)
 
 
 def load(name: str) -> type[Task]:

@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from .. import tasks
 from ..data import check
-from ..data.labels import label_lists
+from ..data.labels import label_lists, separators_of
 from ..errors import DataError, ModelError, RecipeError, unknown
-from . import Stats, metrics
+from . import Stats, baselines, metrics
 from .metrics import Interval
 
 if TYPE_CHECKING:
@@ -46,10 +46,11 @@ class Task(tasks.Task):
         weights: Sequence[float] | None = None,
         pairs: bool = False,
         hints: dict[str, str] | None = None,
+        separators: str | None = None,
     ) -> None:
         self.labels, self.multi_label, self.template = list(labels), multi_label, template
         self.class_weight, self.weights = class_weight, list(weights) if weights else None
-        self.hints = dict(hints or {})
+        self.hints, self.separators = dict(hints or {}), separators
         self._take_pairs(pairs)
         names = ("macro_f1", "accuracy", "micro_f1") if multi_label else ("macro_f1", "accuracy", "weighted_f1", "mcc")
         self.metrics = dict.fromkeys(names, "maximize")
@@ -90,7 +91,11 @@ class Task(tasks.Task):
                 splits = {**splits, name: rows.remove_columns("text_pair")}
         if self.template is not None and "{text_pair}" in self.template and not self.pairs:
             raise RecipeError("template: has a place for text_pair, but rows are no pairs", found=self.template)
-        splits, findings = check.check_classification(splits, sources=sources, multi_label=self.multi_label)
+        if self.multi_label and "label" in splits["train"].column_names:
+            self.separators = separators_of(splits["train"]["label"][:])  # rows to come are cut as these are
+        splits, findings = check.check_classification(
+            splits, sources=sources, multi_label=self.multi_label, separators=self.separators
+        )
         if not self.labels:
             self.labels = check.label_names(splits["train"], self.multi_label)
         if self.class_weight:
@@ -128,6 +133,7 @@ class Task(tasks.Task):
             "weights": self.weights,
             "pairs": self.pairs,
             "hints": self.hints,
+            "separators": self.separators,
         }
 
     @classmethod
@@ -202,7 +208,8 @@ class Task(tasks.Task):
     def _multi_hot(self, rows: Dataset) -> np.ndarray:
         number = {label: index for index, label in enumerate(self.labels)}
         hot = np.zeros((len(rows), len(self.labels)), dtype=np.int64)
-        for at, (labels, row) in enumerate(zip(label_lists(rows["label"][:], True), rows["_row"][:], strict=True)):
+        found = label_lists(rows["label"][:], True, self.separators)
+        for at, (labels, row) in enumerate(zip(found, rows["_row"][:], strict=True)):
             hot[at, [number[self._known(label, row, number)] for label in labels]] = 1
         return hot
 
@@ -278,44 +285,10 @@ class Task(tasks.Task):
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
     ) -> list[tuple[str, str, Stats]]:
         """Majority class, bag of words, and a logistic regression on the frozen model's features."""
-        from sklearn.dummy import DummyClassifier
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
-
         numbers = self._multi_hot if self.multi_label else self._indices
-        gold, target = numbers(test), numbers(train)
-        words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
-        cases: list[tuple[str, str, Any, Any, Any]] = [
-            (
-                "majority class",
-                "the most frequent label of train",
-                DummyClassifier(),
-                np.zeros((len(train), 1)),
-                np.zeros((len(test), 1)),
-            ),
-            (
-                "bag of words",
-                "tf-idf of words and pairs of words, logistic regression (C = 10)",
-                LogisticRegression(C=10, max_iter=1000),
-                words.fit_transform(self._joined(train)),
-                words.transform(self._joined(test)),
-            ),
-        ]
-        if features is not None:
-            scaler = StandardScaler().fit(features[0])
-            cases.append(
-                (
-                    "frozen features",
-                    "mean of the untuned model's last hidden states, logistic regression (C = 1)",
-                    LogisticRegression(max_iter=1000),
-                    *map(scaler.transform, features),
-                )
-            )
-        return [
-            (name, detail, {"gold": gold, "predicted": _fit_and_predict(model, x, target, y)})
-            for name, detail, model, x, y in cases
-        ]
+        gold, texts = numbers(test), (self._joined(train), self._joined(test))
+        made = baselines.of_texts(texts, numbers(train), features)
+        return [(name, detail, {"gold": gold, "predicted": predicted}) for name, detail, predicted in made]
 
     def _joined(self, rows: Dataset) -> list[str]:
         texts, pairs = self.texts(rows)
@@ -354,17 +327,6 @@ class Task(tasks.Task):
                 }
             )
         return {**found, "worst": worst}
-
-
-def _fit_and_predict(model: Any, x: Any, target: np.ndarray, y: Any) -> np.ndarray:
-    """Of several labels each has a model of its own; one that stands on all rows of train, or on none, needs none."""
-    if target.ndim == 1:
-        return np.asarray(model.fit(x, target).predict(y))
-    columns = [
-        np.full(y.shape[0], label[0]) if (label == label[0]).all() else model.fit(x, label).predict(y)
-        for label in target.T
-    ]
-    return np.stack(columns, axis=1)
 
 
 def _text(value: Any) -> str:

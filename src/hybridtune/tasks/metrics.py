@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 from hybridtune.errors import DataError
 
@@ -51,19 +51,14 @@ class Interval:
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Score interval of a proportion p = successes / n (Wilson 1927): accuracy, or any other share of right rows.
+    """Score interval of a proportion p = successes / n (Wilson 1927): accuracy, or any other share of right rows."""
+    from scipy.stats import binomtest  # a second to import
 
-    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), with z the normal quantile of (1 + confidence) / 2.
-    """
     few = _check(n, confidence)
     if not 0 <= successes <= n:
         raise ValueError(f"successes must be between 0 and n = {n}, not {successes}")
-    z, p = float(ndtri((1 + confidence) / 2)), successes / n
-    middle, shrink = p + z * z / (2 * n), 1 + z * z / n
-    half = z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    low = (middle - half) / shrink if successes > 0 else 0.0
-    high = (middle + half) / shrink if successes < n else 1.0
-    return Interval(p, low, high, "wilson", few)
+    found = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Interval(successes / n, float(found.low), float(found.high), "wilson", few)
 
 
 def bootstrap(
@@ -105,14 +100,16 @@ def paired_difference(
 def mcnemar(a_right: Array, b_right: Array) -> float:
     """Exact two-sided p-value that two models are right equally often on the same rows (McNemar 1947).
 
-    p = min(1, 2 P(X <= the smaller count)), X ~ Binomial(rows that only one model gets right, 1/2); 1 if there is none.
+    The binomial test of the rows that only one of them gets right; 1 if there is none.
     `a_right`, `b_right`: whether each model is right on each row, [n] (bool, or 0 and 1).
     """
+    from scipy.stats import binomtest
+
     a, b = np.asarray(a_right, dtype=bool), np.asarray(b_right, dtype=bool)
     if a.shape != b.shape:
         raise ValueError(f"a has shape {a.shape} and b has {b.shape}: McNemar's test needs the same rows")
     only_a, only_b = int(np.count_nonzero(a & ~b)), int(np.count_nonzero(b & ~a))
-    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def classification_metrics(stats: Stats) -> dict[str, float]:

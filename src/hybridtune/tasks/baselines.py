@@ -1,0 +1,67 @@
+"""Classifiers that no tuning is needed for: what a tuned model has to beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def of_texts(
+    texts: tuple[list[str], list[str]], target: np.ndarray, features: tuple[np.ndarray, np.ndarray] | None
+) -> list[tuple[str, str, np.ndarray]]:
+    """Learns from train what is predicted for test.
+
+    Args:
+        texts: of train and of test.
+        target: class ids of train, or 0 and 1 for every label.
+        features: frozen ones of train and of test.
+
+    Returns:
+        Name, how it was made, and predictions on test, of each baseline.
+    """
+    from sklearn.dummy import DummyClassifier
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    train, test = texts
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
+    cases: list[tuple[str, str, Any, Any, Any]] = [
+        (
+            "majority class",
+            "the most frequent label of train",
+            DummyClassifier(),
+            np.zeros((len(train), 1)),
+            np.zeros((len(test), 1)),
+        ),
+        (
+            "bag of words",
+            "tf-idf of words and pairs of words, logistic regression (C = 10)",
+            LogisticRegression(C=10, max_iter=1000),
+            words.fit_transform(train),
+            words.transform(test),
+        ),
+    ]
+    if features is not None:
+        scaler = StandardScaler().fit(features[0])
+        cases.append(
+            (
+                "frozen features",
+                "mean of the untuned model's last hidden states, logistic regression (C = 1)",
+                LogisticRegression(max_iter=1000),
+                *map(scaler.transform, features),
+            )
+        )
+    return [(name, detail, _fit_and_predict(model, x, target, y)) for name, detail, model, x, y in cases]
+
+
+def _fit_and_predict(model: Any, x: Any, target: np.ndarray, y: Any) -> np.ndarray:
+    """Of several labels each has a model of its own; one that stands on all rows of train, or on none, needs none."""
+    if target.ndim == 1:
+        return np.asarray(model.fit(x, target).predict(y))
+    columns = [
+        np.full(y.shape[0], label[0]) if (label == label[0]).all() else model.fit(x, label).predict(y)
+        for label in target.T
+    ]
+    return np.stack(columns, axis=1)
