@@ -272,7 +272,8 @@ def _switch_on(model: PreTrainedModel, part: Part, owners: Iterable[str]) -> Non
     for path in owners:
         owner, around = model.get_submodule(path), _around(model, path)
         if hasattr(owner, "config") and _implementation(around).startswith(MARK):
-            owner.config._attn_implementation = _implementation(around)  # EncoderDecoderModel swaps configs
+            # one of its own, where EncoderDecoderModel has swapped its models' configs
+            owner.config._attn_implementation = MARK + _implementation(owner).removeprefix(MARK)
         else:
             if not any(isinstance(module, Prefix) for module in model.modules()):
                 _switch_off(model)
