@@ -267,7 +267,7 @@ def _switch_on(model: PreTrainedModel, part: Part, owners: Iterable[str]) -> Non
     with quiet():  # where a model cannot be switched, transformers only warns
         model.set_attn_implementation(MARK + before[0][1])
     for config, name in before:  # encoder and decoder may have had different ones
-        if config._attn_implementation.startswith(MARK):
+        if str(config._attn_implementation).startswith(MARK):
             config._attn_implementation = MARK + name
     for path in owners:
         owner, around = model.get_submodule(path), _around(model, path)
