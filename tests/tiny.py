@@ -46,6 +46,9 @@ CLASSIFIERS: dict[str, Callable[..., hf.PreTrainedModel]] = {
     "qwen3": lambda **k: hf.Qwen3ForSequenceClassification(
         hf.Qwen3Config(**_SIZE, **_IDS, num_key_value_heads=2, head_dim=8, **k)
     ),
+    "gemma": lambda **k: hf.GemmaForSequenceClassification(
+        hf.GemmaConfig(**_SIZE, **_IDS, num_key_value_heads=1, head_dim=8, **k)
+    ),
     "gpt2": lambda **k: hf.GPT2ForSequenceClassification(
         hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=100, **_IDS, **k)
     ),
@@ -80,11 +83,30 @@ CLASSIFIERS: dict[str, Callable[..., hf.PreTrainedModel]] = {
     ),
 }
 
+_LANGUAGE_MODELS = {
+    "llama": hf.LlamaForCausalLM,
+    "qwen3": hf.Qwen3ForCausalLM,
+    "gemma": hf.GemmaForCausalLM,
+    "gpt2": hf.GPT2LMHeadModel,
+    "t5": hf.T5ForConditionalGeneration,
+    "bart": hf.BartForConditionalGeneration,
+}
+CAUSAL, SEQ2SEQ = ("llama", "qwen3", "gemma", "gpt2"), ("t5", "bart")
+
 
 def classifier(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
     """A tiny classifier with random weights, in evaluation mode."""
     torch.manual_seed(seed)
     return CLASSIFIERS[name](**config).eval()
+
+
+def language_model(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
+    """A tiny language model, in evaluation mode, with weights so large that texts differ."""
+    built = classifier(name, seed, **config).config
+    torch.manual_seed(seed)
+    model = _LANGUAGE_MODELS[name](built).eval()
+    shake(model.parameters(), by=0.2, seed=seed)
+    return model
 
 
 def encoder_decoder() -> hf.PreTrainedModel:
