@@ -30,15 +30,27 @@ SMALL = {
     "prefix": {"num_virtual_tokens": 3},
 }
 TRAINING = [name for name in methods.names() if name != "freeze"]
-CHANGES_OUTPUT_AT_START: set[str] = set()  # a method that does not promise to leave the output as it was goes here
+CHANGES_OUTPUT_AT_START = {"prompt", "prefix"}
+DOES_NOT_APPLY = {("prefix", "deberta-v2"): "does not call transformers' AttentionInterface"}
 
 on_every_architecture = pytest.mark.parametrize("architecture", tiny.CLASSIFIERS)
 every_method = pytest.mark.parametrize("name", methods.names())
 
 
-def attach(model: nn.Module, name: str, part: str = PART, **options: object) -> list[str]:
+def cells(names: list[str]) -> pytest.MarkDecorator:
+    """Every method on every architecture, where it applies."""
+    found = [(name, kind) for name in names for kind in tiny.CLASSIFIERS if (name, kind) not in DOES_NOT_APPLY]
+    return pytest.mark.parametrize(("name", "architecture"), found)
+
+
+def part_of(name: str) -> str:
+    """Where the contract suite puts a method."""
+    return "embeddings" if name == "prompt" else PART
+
+
+def attach(model: nn.Module, name: str, part: str | None = None, **options: object) -> list[str]:
     """Puts a method on a part of a model, by itself."""
-    method = methods.load(name)
+    method, part = methods.load(name), part or part_of(name)
     options = options or SMALL.get(name, {})
     return method.attach(model, Anatomy(model).part(part), methods.options_of(method, options))
 
@@ -263,8 +275,7 @@ def test_loras_variants_start_unchanged_and_merge(init: bool | str, architecture
 # --- the contract, of every method on every architecture
 
 
-@every_method
-@on_every_architecture
+@cells(methods.names())
 def test_the_output_is_unchanged_at_the_start(name: str, architecture: str) -> None:
     model = tiny.classifier(architecture)
     tiny.shake(model.parameters(), by=0.2)
@@ -273,11 +284,10 @@ def test_the_output_is_unchanged_at_the_start(name: str, architecture: str) -> N
     assert torch.equal(tiny.logits(model), before) == (name not in CHANGES_OUTPUT_AT_START)
 
 
-@pytest.mark.parametrize("name", TRAINING)
-@on_every_architecture
+@cells(TRAINING)
 def test_only_what_was_named_is_trained_and_all_of_it(name: str, architecture: str) -> None:
     model = tiny.classifier(architecture).double()  # the first steps of what starts at zero are small
-    part = Anatomy(model).part(PART)
+    part = Anatomy(model).part(part_of(name))
     own = dict(model.named_parameters())
     names = attach(model, name)
     everything = own | {n: p for n, p in model.named_parameters() if all(p is not q for q in own.values())}
@@ -286,8 +296,18 @@ def test_only_what_was_named_is_trained_and_all_of_it(name: str, architecture: s
     changed = {n for n, p in everything.items() if not torch.equal(p, before[n])}
     assert changed == set(names)
     assert changed & set(own) <= set(part.parameters)
-    assert all(n.startswith(tuple(f"{module}." for module in part.modules)) for n in names)
+    if name != "prompt":  # which belongs to the body that holds the embeddings
+        assert all(n.startswith(tuple(f"{module}." for module in part.modules)) for n in names)
     assert all(p.isfinite().all() for p in everything.values())
+
+
+@pytest.mark.parametrize(("name", "architecture"), DOES_NOT_APPLY)
+def test_what_does_not_apply_says_why_and_leaves_the_model_as_it_was(name: str, architecture: str) -> None:
+    model = tiny.classifier(architecture)
+    before = [n for n, _ in model.named_modules()]
+    with pytest.raises(MethodError, match=DOES_NOT_APPLY[name, architecture]):
+        attach(model, name)
+    assert [n for n, _ in model.named_modules()] == before
 
 
 def test_freeze_claims_everything_and_trains_nothing() -> None:
@@ -308,14 +328,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-@every_method
-@on_every_architecture
+@cells(methods.names())
 def test_saved_and_loaded_the_logits_are_equal(
     name: str, architecture: str, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """On a model with new weights (five labels), which no reload would find again."""
     assembly, base = tiny.assembly(saved(architecture), num_labels=5)
-    rules = [tiny.rule("new", "full"), tiny.rule(PART, name, **SMALL.get(name, {}))]
+    rules = [tiny.rule("new", "full"), tiny.rule(part_of(name), name, **SMALL.get(name, {}))]
     composition = assembly.begin(Stage(rules=rules))
     tiny.shake(assembly.parameter(n) for n in composition.names)
     checkpoint.write(tmp_path, assembly, base)
@@ -325,8 +344,7 @@ def test_saved_and_loaded_the_logits_are_equal(
     assert again.attachments == assembly.attachments
 
 
-@pytest.mark.parametrize("name", [name for name in methods.names() if methods.load(name).MERGES is True])
-@on_every_architecture
+@cells([name for name in methods.names() if methods.load(name).MERGES is True])
 def test_merged_is_unmerged(name: str, architecture: str) -> None:
     model = tiny.classifier(architecture)
     own = {n: p.shape for n, p in model.named_parameters()}
@@ -349,8 +367,7 @@ def test_what_cannot_be_merged_says_why(name: str) -> None:
         assembly.merge()
 
 
-@every_method
-@on_every_architecture
+@cells(methods.names())
 def test_detached_the_model_is_what_it_was(name: str, architecture: str) -> None:
     def anatomy_of(model: nn.Module) -> dict[str, object]:
         hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
@@ -368,8 +385,7 @@ def test_detached_the_model_is_what_it_was(name: str, architecture: str) -> None
     assert torch.equal(tiny.logits(model), logits)
 
 
-@every_method
-@on_every_architecture
+@cells(methods.names())
 def test_a_meta_model_gets_the_same_parameters(name: str, architecture: str) -> None:
     real = tiny.classifier(architecture)
     with torch.device("meta"):
@@ -379,8 +395,7 @@ def test_a_meta_model_gets_the_same_parameters(name: str, architecture: str) -> 
     assert [(n, p.shape) for n, p in meta.named_parameters()] == [(n, p.shape) for n, p in real.named_parameters()]
 
 
-@pytest.mark.parametrize("name", TRAINING)
-@on_every_architecture
+@cells(TRAINING)
 def test_a_copy_is_independent(name: str, architecture: str) -> None:
     model = tiny.classifier(architecture)
     names = attach(model, name)

@@ -32,7 +32,7 @@ in_both_implementations = pytest.mark.parametrize("implementation", ["sdpa", "ea
 def attach(model: nn.Module, part: str = "layers", **options: object) -> list[str]:
     """Puts prefixes on a model, large enough to be seen."""
     options = {"num_virtual_tokens": COUNT, "init_std": 1.0, **options}
-    return prefix.attach(model, Anatomy(model).part(part), methods.options_of(prefix, "prefix", options))
+    return prefix.attach(model, Anatomy(model).part(part), methods.options_of(methods.load("prefix"), options))
 
 
 def classifier(architecture: str, implementation: str = "sdpa", **config: object) -> hf.PreTrainedModel:
@@ -465,16 +465,8 @@ def test_a_part_without_attention_is_refused(part: str) -> None:
         attach(tiny.classifier("bert"), part)
 
 
-def test_a_second_prefix_is_refused_and_none_merges() -> None:
+def test_a_second_prefix_is_refused() -> None:
     model = tiny.classifier("bert")
     attach(model, "layers[0]")
     with pytest.raises(MethodError, match=r"prefix on bert\.encoder\.layer\.0\.attention\.self: it has one already"):
         attach(model)
-    with pytest.raises(MethodError, match=r"prefix: cannot be merged.*\n.*previous: keep or drop"):
-        prefix.merge(model, [])
-
-
-def test_it_takes_no_positions_and_claims_nothing() -> None:
-    part = Anatomy(tiny.classifier("bert")).part("layers")
-    assert prefix.positions(prefix.Options(num_virtual_tokens=7)) == 0
-    assert prefix.claims(part, prefix.Options()) == ()

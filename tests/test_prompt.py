@@ -31,7 +31,7 @@ on_every_causal_model = pytest.mark.parametrize("architecture", tiny.CAUSAL)
 def attach(model: nn.Module, part: str = "embeddings", **options: object) -> nn.Parameter:
     """Puts a prompt on a model and returns it."""
     options = {"num_virtual_tokens": COUNT, **options}
-    (name,) = prompt.attach(model, Anatomy(model).part(part), methods.options_of(prompt, "prompt", options))
+    (name,) = prompt.attach(model, Anatomy(model).part(part), methods.options_of(methods.load("prompt"), options))
     return model.get_parameter(name)
 
 
@@ -364,8 +364,8 @@ def test_a_text_implies_its_init() -> None:
     again = prompt.Options(prompt_tuning_init_text="a")
     assert prompt.Options(**again.model_dump()) == again
     for options in ({"prompt_tuning_init": "TEXT"}, {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": "a"}):
-        with pytest.raises(RecipeError, match="prompt_tuning_init_text cannot be what it is"):
-            methods.options_of(prompt, "prompt", options)
+        with pytest.raises(RecipeError, match="prompt_tuning_init_text"):
+            methods.options_of(methods.load("prompt"), options)
 
 
 def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
@@ -411,13 +411,11 @@ def test_a_part_without_embeddings_is_refused(part: str) -> None:
         attach(tiny.classifier("bert"), part)
 
 
-def test_a_second_prompt_is_refused_and_none_merges() -> None:
+def test_a_second_prompt_is_refused() -> None:
     model = tiny.classifier("bert")
     attach(model, r"re:bert\.embeddings")
     with pytest.raises(MethodError, match="BertModel has one already"):
         attach(model)
-    with pytest.raises(MethodError, match=r"prompt: cannot be merged.*\n.*previous: keep or drop"):
-        prompt.merge(model, [])
 
 
 def test_a_mask_of_another_form_is_refused() -> None:
@@ -427,8 +425,5 @@ def test_a_mask_of_another_form_is_refused() -> None:
         model(tiny.batch()["input_ids"], attention_mask=torch.ones(2, 1, 7, 7))
 
 
-def test_it_takes_positions_and_claims_nothing() -> None:
-    part = Anatomy(tiny.classifier("bert")).part("embeddings")
-    options = prompt.Options(num_virtual_tokens=7)
-    assert prompt.positions(options) == 7
-    assert prompt.claims(part, options) == ()
+def test_it_takes_positions() -> None:
+    assert prompt.positions(prompt.Options(num_virtual_tokens=7)) == 7

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .anatomy import Anatomy
 from .recipe import Active, Rule
@@ -66,3 +70,27 @@ class Rotation:
             first = size * (interval % math.ceil(count / size))
             return set(range(first, min(first + size, count)))
         return set(random.Random(f"{seed}/{self.number}/{interval}").sample(range(count), size))
+
+
+class Turns(TrainerCallback):  # type: ignore[misc]
+    """Tells a trainer at the start of every interval which parameters rest.
+
+    Args:
+        rotations: of a stage's rules.
+        seed: of the stage.
+        rest: is given the names of what is not trained until it is called again.
+    """
+
+    def __init__(self, rotations: Sequence[Rotation], seed: int, rest: Callable[[frozenset[str]], None]) -> None:
+        self.rotations, self.seed, self.rest = rotations, seed, rest
+        self.now: tuple[int, ...] = ()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first micro-batch of a step."""
+        now = tuple(rotation.interval(state.global_step, state.max_steps) for rotation in self.rotations)
+        if now != self.now:
+            self.now = now
+            resting = (r.resting(interval, self.seed) for r, interval in zip(self.rotations, now, strict=True))
+            self.rest(frozenset().union(*resting))

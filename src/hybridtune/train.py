@@ -33,6 +33,7 @@ from transformers.utils import PushInProgress
 from . import checkpoint, tasks
 from . import model as models
 from . import stage as stages
+from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition, rehearse
@@ -125,7 +126,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         there: Tuned | None = getattr(self.model, "_hybridtune", None)
         if strategy is None and there is None:
             return
-        self._refuse(there)
+        asked = there.strategy if strategy is None and there else _read(strategy)
+        self._refuse(there, asked)
         if there is not None:
             self.assembly, self.base = there.assembly, self.base or there.base
         else:
@@ -134,7 +136,6 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                 Assembly(self.model, Anatomy(self.model, new)),
                 self.base or base_of(self.model, new),
             )
-        asked = there.strategy if strategy is None and there else _read(strategy)
         given = {
             key: getattr(self.args, key)
             for key in ("learning_rate", "weight_decay")
@@ -149,7 +150,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         written = asked if self.in_place else self.strategy
         self.manifest = {"strategy": written.model_dump(mode="json", exclude_none=True)} | self.manifest
 
-    def _refuse(self, there: Tuned | None) -> None:
+    def _refuse(self, there: Tuned | None, strategy: Strategy) -> None:
         """Says what would be trained or saved wrongly, and silently so."""
         if self.model_init is not None:
             raise RecipeError("model_init: a strategy is put on one model", mend="give model= instead")
@@ -162,6 +163,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             raise RecipeError(
                 "a strategy cannot be trained under FSDP or DeepSpeed yet", mend="torchrun alone (DDP), or one process"
             )
+        rules = [rule for stage in strategy.stages for rule in stage.rules]
+        if self.args.world_size > 1 and any(rule.active for rule in rules):
+            raise RecipeError("active: layers cannot take turns in several processes yet", mend="one process")
         if there is None and any(hasattr(module, "base_layer") for module in self.model.modules()):
             raise RecipeError(
                 "strategy: PEFT sits on the model already; a checkpoint could not name what it starts from",
@@ -257,8 +261,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.composition = self.assembly.begin(stage)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        for name in self.composition.names:
-            self.assembly.parameter(name).requires_grad_(True)
+        self._rest(frozenset())
+        if self.composition.rotations:
+            self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
         self._train_batch_size = self.args.train_batch_size
         self.restored_step = None
         self.optimizer = self.lr_scheduler = None
@@ -271,6 +276,18 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             if isinstance(callback, TensorBoardCallback) and not self.in_place:
                 root = os.environ.get("TENSORBOARD_LOGGING_DIR")
                 callback.logging_dir = str(Path(root) / f"{number + 1}-{stage.name}") if root else None
+
+    def _rest(self, resting: frozenset[str]) -> None:
+        """Trains the stage's parameters but those that rest, which keep neither gradients nor optimizer states."""
+        assert self.assembly is not None
+        assert self.composition is not None
+        states = getattr(self.optimizer, "state", {})
+        for name in self.composition.names:
+            parameter = self.assembly.parameter(name)
+            parameter.requires_grad_(name not in resting)
+            if name in resting:
+                parameter.grad = None
+                states.pop(parameter, None)
 
     def _end(self, stage: Stage, log: StageLog) -> None:
         """Writes the stage's delta and metrics, and removes checkpoints that nobody asked to keep."""

@@ -92,11 +92,6 @@ def learning_rate(part: Part, width: int) -> float:
     return max(1e-3 * min(1.0, 384 / width), 1e-4)
 
 
-def claims(part: Part, options: Options) -> tuple[str, ...]:
-    """Nothing that was there."""
-    return ()
-
-
 def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
     """Adds an adapter to every block of the part.
 

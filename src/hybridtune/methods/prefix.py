@@ -23,8 +23,9 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from ..anatomy import Block, Part
+from ..anatomy import Part
 from ..errors import MethodError
+from ..layers import Block
 from ..model import quiet
 
 SUMMARY = "learned keys and values in front of an attention block's own"
@@ -34,8 +35,6 @@ SOURCE = (
     "Liu et al. 2021, P-Tuning v2, arXiv 2110.07602"
 )
 MERGES = "its keys and values depend on no input, and weights cannot hold them"
-WRAPS = False
-WEIGHT_DECAY = 0.0
 
 CHILD = "prefix"
 MARK = "hybridtune_prefix_"  # and the implementation that the model had: its name says where to go on
@@ -134,16 +133,6 @@ def learning_rate(part: Part, width: int) -> float:
     return 1e-2
 
 
-def positions(options: Options) -> int:
-    """A prefix takes none of the model's positions."""
-    return 0
-
-
-def claims(part: Part, options: Options) -> tuple[str, ...]:
-    """Nothing that was there."""
-    return ()
-
-
 def attach(model: PreTrainedModel, part: Part, options: Options) -> list[str]:
     """Gives every self-attention block of the part a prefix; cross-attention only where the part is nothing else.
 
@@ -182,11 +171,6 @@ def detach(model: PreTrainedModel, names: list[str]) -> None:
         delattr(owner, CHILD)
     if not any(isinstance(module, Prefix) for module in model.modules()):
         _switch_off(model)
-
-
-def merge(model: nn.Module, names: list[str]) -> None:
-    """A prefix does not merge; see MERGES."""
-    raise MethodError(f"prefix: cannot be merged: {MERGES}", mend="use previous: keep or drop")
 
 
 def _owner(block: Block) -> str:

@@ -29,8 +29,6 @@ SUMMARY = "learned vectors in front of the embedded text"
 FORMULA = "h_0 = [P; E x]"
 SOURCE = "Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning, arXiv 2104.08691"
 MERGES = "its vectors are no weights of the model"
-WRAPS = False
-WEIGHT_DECAY = 0.0
 
 CHILD = "soft_prompt"
 
@@ -184,11 +182,6 @@ def positions(options: Options) -> int:
     return options.num_virtual_tokens
 
 
-def claims(part: Part, options: Options) -> tuple[str, ...]:
-    """Nothing that was there."""
-    return ()
-
-
 def attach(model: PreTrainedModel, part: Part, options: Options) -> list[str]:
     """Puts the prompt into the body that takes the text.
 
@@ -230,11 +223,6 @@ def detach(model: nn.Module, names: list[str]) -> None:
         delattr(model.get_submodule(path.rpartition(".")[0]), CHILD)
 
 
-def merge(model: nn.Module, names: list[str]) -> None:
-    """A prompt does not merge; see MERGES."""
-    raise MethodError(f"prompt: cannot be merged: {MERGES}", mend="use previous: keep or drop")
-
-
 def _body(model: PreTrainedModel, anatomy: Anatomy) -> tuple[PreTrainedModel, nn.Module | None]:
     """The module that takes the text; and the decoder, where that is an encoder."""
     if "decoder" in anatomy.depth:
@@ -248,8 +236,7 @@ def _runner(model: nn.Module, anatomy: Anatomy, body: str) -> nn.Module:
     What comes behind it in the body, such as a pooler, sees no prompt. Not behind the last layer: GPT-2 gives its
     output the shape that went in, and ALBERT calls one layer many times.
     """
-    stack = anatomy.part("layers[-1]").modules[0].rpartition(".")[0]
-    steps = stack.removeprefix(f"{body}." if body else "").split(".")[:-1]
+    steps = anatomy.stacks[0].path.removeprefix(f"{body}." if body else "").split(".")[:-1]
     return model.get_submodule(".".join([body, *steps[:1]]).strip("."))
 
 
