@@ -183,7 +183,7 @@ def test_lora_on_all_leaves_tied_and_new_weights_alone() -> None:
 
 def resolved(made: Assembly, *stages: Stage | RULES, **training: object) -> Strategy:
     asked = [one if isinstance(one, Stage) else Stage(rules=[Rule(part=p, method=m) for p, m in one]) for one in stages]
-    return resolve(Strategy(name="s", stages=asked), Training(**training), made.anatomy, 32)[0]
+    return resolve(Strategy(name="s", stages=asked), Training(**training), made, 32)[0]
 
 
 @pytest.mark.parametrize(
@@ -318,10 +318,10 @@ def test_merging_adapters_is_refused() -> None:
     made = assembly()
     adapters, merging = stage([("layers", "adapter")]), stage([("head", "full")], previous="merge")
     with pytest.raises(MethodError, match=r"stage 2 \(full\): layers: adapter cannot be merged.*\n.*previous"):
-        rehearse(resolved(made, adapters, merging), made.model, NEW)
+        rehearse(resolved(made, adapters, merging), made)
     with pytest.raises(MethodError, match="cannot be merged"):
-        rehearse(resolved(made, adapters, stage([("layers", "lora")]), merging), made.model, NEW)  # kept in between
-    left = rehearse(resolved(made, adapters, stage([("layers", "lora")], previous="drop"), merging), made.model, NEW)
+        rehearse(resolved(made, adapters, stage([("layers", "lora")]), merging), made)  # kept in between
+    left = rehearse(resolved(made, adapters, stage([("layers", "lora")], previous="drop"), merging), made)
     assert all(parameter.is_meta for parameter in left.model.parameters())
     made.begin(adapters)
     before = [n for n, _ in made.model.named_parameters()]
@@ -347,7 +347,7 @@ def test_values_come_from_the_rule_then_the_stage_then_the_recipe_then_the_metho
         ],
     )
     training = Training(weight_decay=0.3, optim="adafactor", adam_beta1=0.5, num_train_epochs=7)
-    (first, second), _ = _stages(resolve(strategy, training, made.anatomy, 32))
+    (first, second), _ = _stages(resolve(strategy, training, made, 32))
     assert [(r.learning_rate, r.weight_decay) for r in first.rules] == [(1e-2, 0.0), (2e-2, 0.3)]
     assert (first.optim, second.optim) == ("sgd", "adafactor")
     assert (first.adam_beta1, first.num_train_epochs) == (0.5, 7)
@@ -355,7 +355,7 @@ def test_values_come_from_the_rule_then_the_stage_then_the_recipe_then_the_metho
     assert second.rules[0].learning_rate == own.learning_rate(made.anatomy.part("layers[2]"), 32)
     assert second.rules[0].weight_decay == 0.3
     assert second.gradient_accumulation_steps == STAGE_DEFAULTS["gradient_accumulation_steps"]
-    bare, _ = resolve(Strategy(name="s", stages=[Stage(rules=[_rule("layers")])]), Training(), made.anatomy, 32)
+    bare, _ = resolve(Strategy(name="s", stages=[Stage(rules=[_rule("layers")])]), Training(), made, 32)
     assert bare.stages[0].rules[0].weight_decay == own.WEIGHT_DECAY
     assert strategy.stages[1].rules[0].learning_rate is None  # what was asked for stays as it was
 
@@ -381,7 +381,7 @@ def test_the_defaults_are_named_exactly() -> None:
         ],
     )
     training = Training(optim="sgd", logging_steps=3, eval_strategy="no", save_strategy="no")
-    (first, second), found = _stages(resolve(strategy, training, bert(), 32))
+    (first, second), found = _stages(resolve(strategy, training, assembly(), 32))
     assert [str(rule.part) for rule in first.rules] == ["new", "layers", "layers[0]"]
     everywhere = (
         "per_device_train_batch_size",
@@ -412,8 +412,8 @@ def test_the_defaults_are_named_exactly() -> None:
 
 
 def test_resolving_twice_changes_nothing() -> None:
-    once, _ = resolve(load_strategy("top-full-lora-below"), Training(), bert(), 32)
-    twice, defaults = resolve(once, Training(), bert(), 32)
+    once, _ = resolve(load_strategy("top-full-lora-below"), Training(), assembly(), 32)
+    twice, defaults = resolve(once, Training(), assembly(), 32)
     assert twice == once
     assert defaults == []
 
@@ -429,7 +429,9 @@ def test_resolving_twice_changes_nothing() -> None:
 )
 def test_a_rule_that_cannot_be_kept_is_refused(rule: Rule, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        resolve(Strategy(name="s", stages=[Stage(rules=[_rule("head")]), Stage(rules=[rule])]), Training(), bert(), 32)
+        resolve(
+            Strategy(name="s", stages=[Stage(rules=[_rule("head")]), Stage(rules=[rule])]), Training(), assembly(), 32
+        )
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "gpt2", "t5", "bart"])
@@ -437,11 +439,11 @@ def test_a_rule_that_cannot_be_kept_is_refused(rule: Rule, error: type[Exception
 def test_built_in_strategies_fit_every_architecture(strategy: str, architecture: str) -> None:
     model = tiny.classifier(architecture)
     head = tuple(Anatomy(model).part("head").parameters)
-    asked, _ = resolve(load_strategy(strategy), Training(), Anatomy(model, head), models.width(model))
+    asked, _ = resolve(load_strategy(strategy), Training(), Assembly(model, Anatomy(model, head)), models.width(model))
     for one in asked.stages:
         assert all(getattr(one, key) is not None for key in STAGE_DEFAULTS)
         assert all(rule.learning_rate and rule.weight_decay is not None for rule in one.rules)
-    rehearse(asked, model, head)
+    rehearse(asked, Assembly(model, Anatomy(model, head)))
     assert torch.isfinite(tiny.logits(model)).all()
 
 

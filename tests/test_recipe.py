@@ -493,7 +493,7 @@ def composed(strategy: Any, layers: int = 3) -> list[str]:
     training = Training(**{key: getattr(asked, key) for key in Training.model_fields})
     trained = []
     for candidate in asked.strategies():
-        full, _ = resolve(candidate, training, assembly.anatomy, model.width(tiny))
+        full, _ = resolve(candidate, training, assembly, model.width(tiny))
         for stage in full.stages:
             trained.append(" ".join(assembly.begin(stage).names))
         assembly.drop()

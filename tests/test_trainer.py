@@ -25,7 +25,6 @@ from typer.testing import CliRunner
 
 from hybridtune import checkpoint, select, trial
 from hybridtune import model as models
-from hybridtune.anatomy import Anatomy
 from hybridtune.cli import app
 from hybridtune.errors import MethodError, ModelError, RecipeError, RunError, TrainingError
 from hybridtune.recipe import Recipe, Stage, Strategy, Training, load_strategy
@@ -816,7 +815,7 @@ class TestOffline:
 def resolved(setting: trial.Setting, name: str) -> Strategy:
     """A built-in strategy with every value, as a race gets it."""
     bare, training = setting.bare, Training(num_train_epochs=2)
-    return resolve(load_strategy(name), training, Anatomy(bare.model, bare.new), models.width(bare.model))[0]
+    return resolve(load_strategy(name), training, bare, models.width(bare.model))[0]
 
 
 class TestTrial:
@@ -842,9 +841,8 @@ class TestTrial:
             name: Dataset.from_list([row | {"length": len(row["input_ids"]), "unknown": 0} for row in table])
             for name, table in rows.items()
         }
-        loaded = models.load(recipe.model, task.auto_class, **task.model_config())
-        mark = models.fingerprint(loaded.model, loaded.new)
-        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, mark, loaded)
+        bare = trial.load(recipe, task).assembly
+        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, bare)
 
     def test_what_it_found_is_what_its_checkpoint_gives(self, setting: trial.Setting, tmp_path: Path) -> None:
         found = trial.run(setting, resolved(setting, "lora"), 3, tmp_path / "trial")

@@ -24,6 +24,7 @@ from .files import disk_errors, read_json, write_json
 
 FORMAT = 1
 DELTA, MANIFEST = "delta.safetensors", "manifest.json"
+ABOUT = "hybridtune.json"  # in whatever a run hands over
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from . import tasks
+from .checkpoint import ABOUT
 from .errors import RunError
 from .files import read_json
-from .predict import ABOUT
 from .tasks import Stats
 from .tasks.metrics import mcnemar, paired_difference
 

@@ -250,6 +250,15 @@ class Assembly:
             )
         return names
 
+    def found(self, rule: Rule) -> Attachment | None:
+        """What is there already of a rule: the same method on the same part, or on the same matrices."""
+        mine = self._read(rule)
+        for there in self.attachments:
+            same = there.part == mine.part.name or set(mine.claims) == self._claimed_by(there) != set()
+            if there.method == rule.method and same:
+                return there
+        return None
+
     def _claimed_by(self, attachment: Attachment) -> set[str]:
         return set(self._read(attachment.rule).claims) - set(attachment.less)
 
@@ -333,17 +342,17 @@ def _check_pair(first: _Rule, second: _Rule, name: str, tied: bool) -> None:
         )
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy of a model without its numbers (on the meta device), to try rules on at no cost."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
+def skeleton(assembly: Assembly) -> Assembly:
+    """A copy of a model, and of what is on it, without its numbers (on the meta device): to try rules on at no cost."""
+    tensors = itertools.chain(assembly.model.parameters(), assembly.model.buffers())
     memo: dict[int, Any] = {}
     for tensor in tensors:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(assembly, memo)
 
 
-def rehearse(strategy: Strategy, model: nn.Module, new: Iterable[str]) -> Assembly:
+def rehearse(strategy: Strategy, assembly: Assembly) -> Assembly:
     """Puts all stages of a resolved strategy on a copy of a model without its numbers, one after the other.
 
     Returns:
@@ -352,8 +361,7 @@ def rehearse(strategy: Strategy, model: nn.Module, new: Iterable[str]) -> Assemb
     Raises:
         PartError, MethodError: a rule cannot be kept, or a stage cannot merge or drop what is there.
     """
-    bare = skeleton(model)
-    assembly = Assembly(bare, Anatomy(bare, new))
+    assembly = skeleton(assembly)
     for number, stage in enumerate(strategy.stages):
         try:
             assembly.begin(stage)

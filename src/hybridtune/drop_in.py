@@ -130,6 +130,6 @@ def _add_adapter(
     assembly, base = Assembly(model, Anatomy(model, new)), base_of(model, new)
     rules = [Rule(part="layers", method="adapter", **options), Rule(part="head", method="full")]
     asked = Strategy(name=adapter_config, stages=[Stage(name=adapter_config, rules=rules)])
-    filled, _ = resolve(asked, Training(), assembly.anatomy, models.width(model), stage_defaults={})
+    filled, _ = resolve(asked, Training(), assembly, models.width(model), {})
     assembly.begin(filled.stages[0])
     model._hybridtune = Tuned(assembly, base, asked)  # type: ignore[assignment]

@@ -151,7 +151,7 @@ def _predictor(setting: Setting, trial: Trial) -> predict.Predictor:
 
 def _baselines(setting: Setting, train: Dataset, test: Dataset) -> list[dict[str, Any]]:
     task: Task = setting.task
-    loaded = setting.load()
+    loaded = setting.load().loaded
     loaded.model.to(models.pick_device(setting.recipe.device))  # type: ignore[arg-type]
     frozen = [
         predict.features(loaded.model, task.encode(rows, loaded.tokenizer, setting.limit), loaded.tokenizer, 32)

@@ -18,12 +18,11 @@ import numpy as np
 from safetensors.torch import save_file
 
 from . import __version__, checkpoint, methods, predict
-from .checkpoint import Base
+from .checkpoint import ABOUT, Base
 from .compose import Assembly, Attachment
 from .errors import RunError
 from .files import new_folder, write_json, write_text
 from .model import PACKAGED, Loaded
-from .predict import ABOUT
 from .tasks import Task
 
 Kind = Literal["checkpoint", "adapter", "delta"]

@@ -159,7 +159,7 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     return digest.hexdigest()
 
 
-def width(model: PreTrainedModel) -> int:
+def width(model: Any) -> int:
     """The hidden width: the configuration's, or that of the embeddings."""
     found = getattr(model.config, "hidden_size", None)
     return int(found) if found else int(model.get_input_embeddings().weight.shape[1])

@@ -16,14 +16,13 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from . import checkpoint, tasks
 from . import model as models
-from .checkpoint import Base
+from .checkpoint import ABOUT, Base
 from .data import read as reading
 from .data.rows import row_numbers
 from .errors import DataError, RunError
 from .files import read_json
 from .tasks import Task
 
-ABOUT = "hybridtune.json"
 SHOWN_ROWS = 10
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers.integrations import get_reporting_integration_callbacks
 from . import console as consoles
 from . import model as models
 from . import trial
-from .anatomy import Anatomy
 from .compose import rehearse, skeleton
 from .console import Console
 from .data import check, read, split
@@ -195,15 +193,19 @@ def setting_of(
     Raises:
         ModelError: the model cannot be loaded or cannot do the task.
     """
-    loaded = trial.load(recipe, task)
+    start = trial.load(recipe, task)
+    loaded = start.loaded
     taken = max(map(positions, recipe.strategies()))
     limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length, taken)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
     lengths = {name: check.length_summary(np.asarray(table["length"][:]), limit) for name, table in encoded.items()}
     unknown = {name: sum(table["unknown"][:]) / max(sum(table["length"][:]), 1) for name, table in encoded.items()}
     size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
-    depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in Anatomy(loaded.model).depth.items())
+    depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in start.assembly.anatomy.depth.items())
     console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")
+    if start.assembly.attachments:
+        there = "; ".join(map(str, start.assembly.attachments))
+        console.line(f"  on {start.base.name} already: {there} (the first stage's previous: keep, merge or drop)")
     if loaded.new:
         console.line(f"  new weights, not in the checkpoint: {', '.join(loaded.new)}")
     for name, summary in lengths.items():
@@ -221,8 +223,7 @@ def setting_of(
         encoded["train"],
         encoded["validation"],
         limit,
-        models.fingerprint(loaded.model, loaded.new),
-        replace(loaded, model=skeleton(loaded.model)),
+        skeleton(start.assembly),
         callbacks,
         compute_metrics,
     )
@@ -240,11 +241,11 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
     """
     resolved, defaults, arguments = [], [], _arguments(setting)
     bare = setting.bare
-    anatomy, width = Anatomy(bare.model, bare.new), models.width(bare.model)
+    width = models.width(bare.model)
     training = Training(**{key: getattr(setting.recipe, key) for key in Training.model_fields})
     for number, strategy in enumerate(setting.recipe.strategies()):
-        full, chosen = resolve(strategy, training, anatomy, width)
-        left = rehearse(full, bare.model, bare.new)
+        full, chosen = resolve(strategy, training, bare, width)
+        left = rehearse(full, bare)
         for stage in full.stages:
             arguments_of(arguments, stage, Path(setting.recipe.output), evaluates=True)
         resolved.append(full)

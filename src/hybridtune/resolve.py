@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import methods
-from .anatomy import Anatomy
+from .compose import Assembly
 from .recipe import Rule, Stage, Strategy, Training
 
 # What a stage gets for keys that neither it nor the recipe gives. Rates, decay and options come from the methods.
@@ -27,7 +27,7 @@ STAGE_DEFAULTS: dict[str, Any] = {
 def resolve(
     strategy: Strategy,
     training: Training,
-    anatomy: Anatomy,
+    start: Assembly,
     width: int,
     stage_defaults: dict[str, Any] = STAGE_DEFAULTS,
 ) -> tuple[Strategy, list[str]]:
@@ -36,7 +36,7 @@ def resolve(
     Args:
         strategy: as asked for.
         training: the recipe's own training keys.
-        anatomy: the model's parts.
+        start: the model, and what is on it before the first stage.
         width: the model's hidden width.
         stage_defaults: for keys that neither stage nor recipe gives.
 
@@ -46,7 +46,7 @@ def resolve(
     Raises:
         PartError, MethodError, RecipeError: a part, method or option does not exist on this model.
     """
-    stages, defaults = [], []
+    stages, defaults, anatomy = [], [], start.anatomy
     for number, asked in enumerate(_repeated(strategy.stages)):
         stage = asked.model_copy(deep=True)
         if number == 0 and anatomy.new and all(rule.part != "new" for rule in stage.rules):
@@ -70,17 +70,20 @@ def resolve(
             stage.num_train_epochs = None
             defaults.remove(f"{here}.num_train_epochs")
         rules = [
-            _resolve_rule(rule, stage, anatomy, width, f"{here}.rules.{n}", defaults)
+            _resolve_rule(rule, stage, start, number == 0, width, f"{here}.rules.{n}", defaults)
             for n, rule in enumerate(stage.rules)
         ]
         stages.append(stage.model_copy(update={"rules": rules}))
     return strategy.model_copy(update={"stages": stages}), defaults
 
 
-def _resolve_rule(rule: Rule, stage: Stage, anatomy: Anatomy, width: int, here: str, defaults: list[str]) -> Rule:
+def _resolve_rule(
+    rule: Rule, stage: Stage, start: Assembly, first: bool, width: int, here: str, defaults: list[str]
+) -> Rule:
     method = methods.load(rule.method)
-    part = anatomy.part(rule.part)
-    options = methods.options_of(method, rule.options).model_dump()
+    part = start.anatomy.part(rule.part)
+    there = start.found(rule) if first and stage.previous == "keep" else None
+    options = methods.options_of(method, {**(there.options if there else {}), **rule.options}).model_dump()
     defaults.extend(f"{here}.{key}" for key in options if key not in rule.options)
     rate, decay = rule.learning_rate or stage.learning_rate, rule.weight_decay
     decay = stage.weight_decay if decay is None else decay

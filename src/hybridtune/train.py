@@ -141,12 +141,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             for key in ("learning_rate", "weight_decay")
             if getattr(self.args, key) != _NOT_GIVEN[key]
         }
-        self.strategy, _ = resolve(
-            asked, Training(**given), self.assembly.anatomy, models.width(self.model), stage_defaults={}
-        )
+        self.strategy, _ = resolve(asked, Training(**given), self.assembly, models.width(self.model), {})
         self.in_place = strategy is None
-        if there is None:
-            rehearse(self.strategy, self.model, self.assembly.anatomy.new)
+        if not self.in_place:
+            rehearse(self.strategy, self.assembly)
         written = asked if self.in_place else self.strategy
         self.manifest = {"strategy": written.model_dump(mode="json", exclude_none=True)} | self.manifest
 

@@ -16,15 +16,16 @@ from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from . import model as models
-from .checkpoint import Base
+from . import start as starts
+from .compose import Assembly
 from .errors import TrainingError
 from .files import read_json, write_json
 from .memory import PeakMemory
-from .model import Loaded
 from .recipe import Recipe, Strategy
 from .stage import METRICS, SPEED
+from .start import Start
 from .tasks import Task
-from .train import HybridTrainer
+from .train import HybridTrainer, Tuned
 
 RESULT = "trial.json"
 # Keys of the recipe that TrainingArguments gets as they are.
@@ -40,8 +41,7 @@ class Setting:
         metric: that decides.
         train, validation: rows cut into tokens.
         limit: rows are cut after that many tokens.
-        fingerprint: of the model's weights.
-        bare: the model without its numbers, to try rules on.
+        bare: the model, and what is on it, without its numbers: to try rules on.
         callbacks, compute_metrics: the user's own.
     """
 
@@ -51,8 +51,7 @@ class Setting:
     train: Dataset
     validation: Dataset
     limit: int
-    fingerprint: str
-    bare: Loaded
+    bare: Assembly
     callbacks: Sequence[TrainerCallback] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
 
@@ -61,38 +60,26 @@ class Setting:
         """maximize or minimize."""
         return "minimize" if self.recipe.goal.minimize else self.task.metrics.get(self.metric, "maximize")
 
-    def load(self) -> Loaded:
+    def load(self) -> Start:
         """Loads the model afresh, made ready for the task."""
         return load(self.recipe, self.task)
 
-    def base(self) -> Base:
-        """How manifests name the model."""
-        recipe = self.recipe
-        return Base(
-            recipe.model,
-            recipe.revision,
-            self.fingerprint,
-            self.task.auto_class,
-            self.task.model_config(),
-            recipe.trust_remote_code,
-        )
 
-
-def load(recipe: Recipe, task: Task) -> Loaded:
+def load(recipe: Recipe, task: Task) -> Start:
     """Loads a recipe's model, made ready for the task.
 
     Raises:
         ModelError: the model cannot be loaded or cannot do the task.
     """
-    loaded = models.load(
+    start = starts.load(
         recipe.model,
         task.auto_class,
+        task.model_config(),
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
-        **task.model_config(),
     )
-    task.prepare(loaded.model, loaded.tokenizer)
-    return loaded
+    task.prepare(start.loaded.model, start.loaded.tokenizer)
+    return start
 
 
 @dataclass(frozen=True)
@@ -140,8 +127,9 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted trial has left
     memory = PeakMemory(models.pick_device(setting.recipe.device))
     set_seed(seed)
-    loaded = setting.load()
-    loaded.model._hybridtune_new = loaded.new  # type: ignore[assignment]
+    start = setting.load()
+    loaded = start.loaded
+    loaded.model._hybridtune = Tuned(start.assembly, start.base, strategy)  # type: ignore[assignment]
     trainer = HybridTrainer(
         loaded.model,
         training_arguments(setting, seed, folder),
@@ -152,7 +140,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         compute_metrics=_metrics(setting),
         callbacks=list(setting.callbacks),
         strategy=strategy,
-        base=setting.base(),
+        base=start.base,
         manifest={
             "task": setting.task.state(),
             "max_length": setting.limit,

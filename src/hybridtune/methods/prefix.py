@@ -130,7 +130,7 @@ for _name, _build in (("sdpa", sdpa_mask), ("eager", eager_mask)):
 
 def learning_rate(part: Part, width: int) -> float:
     """Prefixes start near zero and have far to go: their rate is much larger than that of weights."""
-    return 1e-1
+    return max(1e-1 * min(1.0, 384 / width), 1e-2)
 
 
 def attach(model: PreTrainedModel, part: Part, options: Options) -> list[str]:

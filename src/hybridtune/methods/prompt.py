@@ -174,7 +174,7 @@ class SoftPrompt(nn.Module):
 
 def learning_rate(part: Part, width: int) -> float:
     """Far larger than that of weights, since only a few vectors move; the paper has 0.3, with Adafactor."""
-    return 1e-1
+    return max(1e-1 * min(1.0, 384 / width), 1e-2)
 
 
 def positions(options: Options) -> int:

@@ -1,0 +1,202 @@
+"""Where a tuning starts: a plain model, an adapter that PEFT has written, or what an earlier run has handed over.
+
+What an adapter or a run has put on its base is on the model as if a stage before the first had put it there: the first
+stage's `previous: keep / merge / drop` says whether it is trained further, folded in, or taken off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from . import checkpoint, methods
+from . import model as models
+from .anatomy import Anatomy
+from .checkpoint import ABOUT, MANIFEST, Base
+from .compose import Assembly, Attachment
+from .errors import ModelError, PartError
+from .files import read_json
+from .model import PACKAGED, Loaded
+
+_PEFT, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_ODD = ("lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens")
+_PARTS = ("layers", "layers.attention", "layers.mlp", "layers.attention.q", "layers.attention.v", "all")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that can be tuned.
+
+    Attributes:
+        loaded: the base with all that is on it, and its tokenizer.
+        assembly: the same, as rules see it.
+        base: how a checkpoint names the base.
+    """
+
+    loaded: Loaded
+    assembly: Assembly
+    base: Base
+
+
+def load(
+    name: str, auto_class: str, config: dict[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
+) -> Start:
+    """Loads a model to be tuned.
+
+    Args:
+        name: hub id, folder, name of a packaged model, a PEFT adapter folder, or a run.
+        auto_class: name of the transformers Auto class that fits the task.
+        config: values that the configuration gets, such as num_labels.
+        revision: commit, tag or branch on the hub.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ModelError: it cannot be loaded, cannot do the task, or is an adapter that cannot be gone on with.
+        RunError: a run's files are damaged.
+    """
+    folder = Path(name) / "model" if (Path(name) / "model" / ABOUT).is_file() else Path(name)
+    asked = Base(name, revision, "", auto_class, config, trust_remote_code)
+    if (folder / MANIFEST).is_file():
+        return _from_delta(folder, asked)
+    if (folder / _PEFT).is_file():
+        return _from_peft(folder, asked)
+    asked = replace(asked, name=str(folder) if folder != Path(name) else name)
+    loaded = checkpoint.load_base(asked)
+    assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
+    return Start(loaded, assembly, replace(asked, fingerprint=models.fingerprint(loaded.model, loaded.new)))
+
+
+def _from_delta(folder: Path, asked: Base) -> Start:
+    manifest = checkpoint.read_manifest(folder)
+    told = Base(**manifest["base"])
+    base = replace(told, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
+    loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
+    checkpoint.check_fingerprint(loaded, base, folder)
+    other_labels = _labels(told.config) != _labels(asked.config)
+    new = tuple(name for name in loaded.new if other_labels or name not in manifest["changed"])
+    assembly = Assembly(loaded.model, Anatomy(loaded.model, new))
+    assembly.put_again(map(Attachment.from_dict, manifest["attachments"]))
+    assembly.changed = set(manifest["changed"]) - set(new)
+    checkpoint.load_tensors(folder, assembly)
+    assembly.changed.update(new)
+    return Start(replace(loaded, new=new), assembly, base)
+
+
+def _from_peft(folder: Path, asked: Base) -> Start:
+    """An adapter of PEFT's kind as attachments.
+
+    Raises:
+        ModelError: of a kind, or with an option, that cannot be gone on with.
+    """
+    told = read_json(folder / _PEFT)
+    if (folder / ABOUT).is_file():
+        own = Base(**read_json(folder / ABOUT)["base"])
+        base = replace(own, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
+    else:
+        hub = {hub_id: name for name, (_, _, hub_id) in PACKAGED.items()}
+        name = str(told["base_model_name_or_path"])
+        base = replace(asked, name=hub.get(name, name), revision=told.get("revision"))
+    if (folder / "base").is_dir():
+        base = replace(base, name=str(folder / "base"), revision=None)
+    loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
+    if base.fingerprint:
+        checkpoint.check_fingerprint(loaded, base, folder)
+    base = replace(base, fingerprint=models.fingerprint(loaded.model, loaded.new))
+    tensors = dict(_read(folder / _PEFT_TENSORS))
+    known = {name for name, _ in loaded.model.named_parameters()}
+    whole = {name: tensor for name, tensor in tensors.items() if name in known}
+    fits = {n: t for n, t in whole.items() if t.shape == loaded.model.get_parameter(n).shape}
+    new = tuple(name for name in loaded.new if name not in fits)
+    assembly = Assembly(loaded.model, Anatomy(loaded.model, new))
+    assembly.put_again(_attachments(folder, told, tensors, assembly.anatomy))
+    wanted = {re.sub(r"\.default(?=\.|$)", "", name): name for name in assembly.added}
+    wanted |= {name.removesuffix(".weight"): here for name, here in wanted.items() if "magnitude" in name}
+    left = sorted(set(tensors) - set(whole) - set(wanted))
+    if left or not wanted.keys() & tensors.keys():
+        raise ModelError(
+            f"model {folder}: an adapter with tensors that hybridtune does not know",
+            found=", ".join(left[:3]) or "no tensor of an adapter",
+            expected="LoRA or (IA)3 on linear layers, and modules_to_save",
+            mend="merge it with PEFT's merge_and_unload and give the merged folder",
+        )
+    with torch.no_grad():
+        for name, tensor in {**fits, **{wanted[n]: t for n, t in tensors.items() if n in wanted}}.items():
+            assembly.parameter(name).copy_(tensor)
+    assembly.changed.update(fits)
+    return Start(replace(loaded, new=new), assembly, base)
+
+
+def _attachments(
+    folder: Path, told: dict[str, Any], tensors: dict[str, torch.Tensor], anatomy: Anatomy
+) -> Iterator[Attachment]:
+    """The adapter's rules: one for each rank and scaling."""
+    kind = str(told.get("peft_type"))
+    if kind not in ("LORA", "IA3"):
+        raise ModelError(
+            f"model {folder}: an adapter of the kind {kind} cannot be gone on with",
+            expected="LORA or IA3",
+            mend="give the base model, or a merged folder",
+        )
+    if kind == "IA3":
+        yield _attachment(
+            "ia3", {}, [name.removesuffix(".ia3_l") for name in tensors if name.endswith(".ia3_l")], anatomy
+        )
+        return
+    odd = [key for key in _ODD if told.get(key)]
+    if odd or told.get("bias", "none") != "none":
+        raise ModelError(f"model {folder}: {_PEFT}: {', '.join(odd or ['bias'])} cannot be gone on with")
+    shared: dict[str, Any] = {key: told[key] for key in ("lora_dropout", "use_rslora", "use_dora") if key in told}
+    groups: dict[tuple[int, float], list[str]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            path = name.removesuffix(".lora_A.weight")
+            alpha = _of_pattern(told.get("alpha_pattern") or {}, path, told["lora_alpha"])
+            groups.setdefault((tensor.shape[0], float(alpha)), []).append(path)
+    for (rank, alpha), paths in groups.items():
+        yield _attachment("lora", {"r": rank, "lora_alpha": alpha, **shared}, paths, anatomy)
+
+
+def _attachment(method: str, options: dict[str, Any], paths: list[str], anatomy: Anatomy) -> Attachment:
+    """A rule for exactly these matrices, by the name of a part where one has the same."""
+    found = methods.load(method)
+    full = methods.options_of(found, options)
+    exact = "re:" + "|".join(map(re.escape, paths))
+    wanted = set(found.claims(anatomy.part(exact), full))
+    for name in _PARTS:
+        try:
+            if set(found.claims(anatomy.part(name), full)) == wanted:
+                exact = name
+                break
+        except PartError:
+            continue
+    return Attachment(method, exact, full.model_dump())
+
+
+def _of_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """As PEFT reads its patterns: keys are regular expressions for the end of a name."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+                yield name.removeprefix("base_model.model."), file.get_tensor(name)
+    except Exception as error:
+        raise ModelError(f"model {path}: cannot be read", found=str(error).splitlines()[0]) from None
+
+
+def _labels(config: dict[str, Any]) -> dict[str, str]:
+    """Names of the labels by number; JSON has strings for numbers."""
+    return {str(number): str(label) for number, label in json.loads(json.dumps(config.get("id2label") or {})).items()}
+
+
+def _tokenizer(folder: Path) -> str | None:
+    return str(folder) if (folder / "tokenizer_config.json").is_file() else None

@@ -1,0 +1,138 @@
+"""Starting points: PEFT's own adapters and earlier runs, gone on with, stacked upon or taken off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers as hf
+
+from hybridtune import checkpoint, start
+from hybridtune.errors import ModelError
+from hybridtune.recipe import Stage, Strategy, Training
+from hybridtune.resolve import resolve
+
+LABELS = {"num_labels": 2, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+
+
+def adapter(base: Path, folder: Path, config: Any, auto: str = tiny.AUTO) -> torch.Tensor:
+    """Writes an adapter as PEFT does, with other weights than at the start; returns the model's logits."""
+    model = getattr(hf, auto).from_pretrained(base, **LABELS)
+    tuned = peft.get_peft_model(model, config)
+    tiny.shake((p for n, p in tuned.named_parameters() if "lora_" in n or "ia3_" in n or "classifier" in n), by=0.2)
+    tuned.save_pretrained(folder)
+    return tiny.logits(tuned.eval())
+
+
+CONFIGS = {
+    "lora": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"], lora_dropout=0.1),
+    "patterns": lambda: peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=["query", "dense"], rank_pattern={"layer.1.*query": 4},
+        alpha_pattern={"layer.0.intermediate.dense": 5}, exclude_modules=r"bert\.pooler.*|classifier.*",
+    ),
+    "dora": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["key"], use_dora=True),
+    "rslora": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["key"], use_rslora=True),
+    "ia3": lambda: peft.IA3Config(
+        task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"],
+        exclude_modules=r".*attention\.output\.dense",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_body(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_adapter_of_peft_is_the_same_model_and_round_trips(name: str, base: Path, tmp_path: Path) -> None:
+    theirs = adapter(base, tmp_path / "peft", CONFIGS[name]())
+    begun = start.load(str(tmp_path / "peft"), tiny.AUTO, LABELS)
+    torch.testing.assert_close(tiny.logits(begun.loaded.model), theirs, atol=1e-6, rtol=0)
+    assert begun.base.name == str(base)
+    (tmp_path / "delta").mkdir()
+    checkpoint.write(tmp_path / "delta", begun.assembly, begun.base)
+    again, _, _ = checkpoint.load(tmp_path / "delta")
+    assert torch.equal(tiny.logits(again.model), tiny.logits(begun.loaded.model))
+
+
+@pytest.mark.parametrize("previous", ["keep", "merge", "drop"])
+def test_the_first_stage_says_what_becomes_of_it(previous: str, base: Path, tmp_path: Path) -> None:
+    theirs = adapter(base, tmp_path / "peft", CONFIGS["lora"]())
+    begun = start.load(str(tmp_path / "peft"), tiny.AUTO, LABELS)
+    before = {name: p.detach().clone() for name, p in begun.loaded.model.named_parameters() if "lora" in name}
+    parts = ["layers.attention.q", "layers.attention.v"]
+    rules = [{"part": part, "method": "lora"} for part in parts] if previous != "keep" else [
+        {"part": "re:.*(query|value)", "method": "lora"}
+    ]  # fmt: skip
+    asked = Strategy(name="s", stages=[Stage(rules=rules, previous=previous)])
+    full, defaults = resolve(asked, Training(), begun.assembly, 32)
+    kept = previous == "keep"
+    ranks = {rule.options["r"] for rule in full.stages[0].rules if rule.method == "lora"}
+    assert ranks == ({3} if kept else {16})  # its own rank, not the default
+    assert "stages.0.rules.0.r" in defaults
+    composition = begun.assembly.begin(full.stages[0])
+    names = {name for name in composition.names if "lora" in name}
+    if kept:
+        assert names == set(before)
+        assert all(torch.equal(begun.assembly.parameter(name), value) for name, value in before.items())
+    else:
+        assert len(names) == len(before)
+        assert {begun.assembly.parameter(n).shape[0] for n in names if "lora_A" in n} == {16}
+    if previous != "drop":
+        torch.testing.assert_close(tiny.logits(begun.loaded.model), theirs, atol=1e-5, rtol=0)
+    else:
+        assert (tiny.logits(begun.loaded.model) - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3),
+            "kind PROMPT_TUNING cannot",
+        ),
+        (lambda: peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias="all"), "bias cannot be gone on"),
+        (
+            lambda: peft.LoraConfig(task_type="SEQ_CLS", target_modules=["word_embeddings"]),
+            "tensors that hybridtune does not know.*\\n.*word_embeddings",
+        ),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused(config: Any, says: str, base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path / "peft", config())
+    with pytest.raises(ModelError, match=says):
+        start.load(str(tmp_path / "peft"), tiny.AUTO, LABELS)
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], ["a", "c"], ["a", "b", "c"]])
+def test_a_delta_is_gone_on_with_and_other_labels_get_a_new_head(labels: list[str], base: Path, tmp_path: Path) -> None:
+    first = start.load(str(base), tiny.AUTO, LABELS)
+    rules = [tiny.rule("layers[0]", "adapter"), tiny.rule("layers[1:].mlp", "full"), tiny.rule("head", "full")]
+    composition = first.assembly.begin(Stage(rules=rules))
+    tiny.shake(first.assembly.parameter(name) for name in composition.names)
+    (tmp_path / "delta").mkdir()
+    checkpoint.write(tmp_path / "delta", first.assembly, first.base)
+    config = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {n: i for i, n in enumerate(labels)},
+    }
+    begun = start.load(str(tmp_path / "delta"), tiny.AUTO, config)
+    same = labels == ["a", "b"]
+    assert begun.loaded.new == (() if same else ("classifier.bias", "classifier.weight"))
+    assert begun.assembly.attachments == first.assembly.attachments
+    assert begun.loaded.model.config.num_labels == len(labels)
+    if same:
+        assert torch.equal(tiny.logits(begun.loaded.model), tiny.logits(first.loaded.model))
+    body = lambda model: model.bert(**tiny.batch()).last_hidden_state  # noqa: E731
+    assert torch.equal(body(begun.loaded.model), body(first.loaded.model))
+    assert begun.base.name == first.base.name and begun.base.fingerprint == first.base.fingerprint
+    (tmp_path / "again").mkdir()
+    checkpoint.write(tmp_path / "again", begun.assembly, begun.base)
+    reloaded, _, _ = checkpoint.load(tmp_path / "again")
+    assert torch.equal(tiny.logits(reloaded.model), tiny.logits(begun.loaded.model))
