@@ -58,13 +58,13 @@ def not_a_number(
     """
     named = [rows[number] for number in (bad or range(len(rows)))]
     listed = "; ".join(named[:_SHOWN]) + (f"; and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
-    if not weights:
-        found = f"the weights are no numbers any more, so that every row gives such a loss: {listed}"
-    elif len(bad) == len(rows):
-        found = f"every row of the batch gives such a loss, so that the weights have grown too large: {listed}"
+    every = len(bad) == len(rows) and (len(rows) > 1 or not weights)
+    if every:
+        why = "have grown too large" if weights else "are no numbers any more"
+        found = f"every row of the batch gives such a loss: the weights {why}; the rows are {listed}"
     else:
-        found = f"{listed}" if bad else f"no row gives such a loss by itself; those of the batch are {listed}"
-    look = "look at these rows, and lower" if bad and weights and len(bad) < len(rows) else "lower"
+        found = listed if bad else f"no row gives such a loss by itself; those of the batch are {listed}"
+    look = "look at these rows, or lower" if bad and not every else "lower"
     last = f"the last good checkpoint is kept: {kept}" if kept else "there was no checkpoint yet"
     return TrainingError(
         f"stage {stage}: the {what} is not a number at step {step}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import time
 from enum import Enum
 from pathlib import Path
@@ -131,7 +132,10 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
                     setattr(callback, key, value)
 
     def keep_in(self, state: TrainerState) -> None:
-        """Puts what Trainer would forget into the state that is about to be saved."""
+        """Puts what Trainer would forget into the state that is about to be saved, and the log on the disk before it."""
+        if state.is_world_process_zero and (self.folder / LOG).is_file():
+            with (self.folder / LOG).open("rb") as file:
+                os.fsync(file.fileno())
         state.stateful_callbacks[_KEPT] = {
             "seconds": round(self.seconds, 3),
             "loss": self.trainer.accelerator.gather(self.trainer._tr_loss).mean().item(),
