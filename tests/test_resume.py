@@ -19,6 +19,7 @@ import transformers as hf
 import hybridtune
 from hybridtune import api, staging, trial
 from hybridtune.console import Console
+from hybridtune.errors import RunError, TrainingError
 from hybridtune.recipe import Recipe, Stage, Strategy
 from hybridtune.train import HybridTrainer
 
@@ -274,7 +275,7 @@ class TestGoingOn:
 
         save = torch.save
         monkeypatch.setattr(torch, "save", full)
-        with pytest.raises(hybridtune.errors.RunError, match="no space left"):
+        with pytest.raises(RunError, match="no space left"):
             build([LONG | {"save_steps": 4}]).train()
         (folder,) = build([LONG]).stage_folders
         assert [path.name for path in folder.iterdir() if path.is_dir()] == ["checkpoint-4"]
@@ -380,7 +381,7 @@ class TestRuns:
 
         def fails(setting: Any, strategy: Any, *more: Any) -> Any:
             if strategy.name == "head":
-                raise hybridtune.errors.TrainingError("out of memory")
+                raise TrainingError("out of memory")
             return run(setting, strategy, *more)
 
         keys = {"strategy": ["head", "lora"], "num_train_epochs": 4, "goal": {"minimize": "loss"}}
@@ -394,6 +395,18 @@ class TestRuns:
         assert scores[0] == scores[1]
         assert (tmp_path / "run" / "trials" / "lora" / "stages" / "1-lora").is_dir()
 
+    def test_no_memory_for_a_single_row(
+        self, tune: Callable[..., hybridtune.Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*_: Any, **__: Any) -> None:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+
+        monkeypatch.setattr(hf.Trainer, "training_step", fails)
+        with pytest.warns(UserWarning, match="halved to 1"), pytest.raises(TrainingError, match="lora: out of memory"):
+            tune(strategy="lora", num_train_epochs=1)
+
     def test_killed_at_its_first_file(self, tune: Callable[..., hybridtune.Run], tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / ".asked.json.tmp").write_text("{")
@@ -403,7 +416,7 @@ class TestRuns:
 
 def test_kills(tmp_path: Path) -> None:
     """A few of the moments of benchmarks/kill.py."""
-    names = ["half of the optimizer's state", "before the rename of a checkpoint", "after a stage's metrics"]
+    names = ["half of the trainer's state", "before the rename of a checkpoint", "after a stage's metrics"]
     source = str(Path(hybridtune.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, str(KILL), "--results", str(tmp_path / "kill.jsonl"), "--only", *names],

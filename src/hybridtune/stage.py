@@ -132,7 +132,7 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
                     setattr(callback, key, value)
 
     def keep_in(self, state: TrainerState) -> None:
-        """Puts what Trainer would forget into the state that is about to be saved, and the log on the disk before it."""
+        """Puts what Trainer would forget into the state that is about to be saved; the log is on the disk before it."""
         if state.is_world_process_zero and (self.folder / LOG).is_file():
             with (self.folder / LOG).open("rb") as file:
                 os.fsync(file.fileno())
