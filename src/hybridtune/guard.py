@@ -125,6 +125,8 @@ def name_rows(batches: Iterable[Batch], table: Any, tokenizer: Any) -> list[str]
             key = _key({name: [value] for name, value in dict(table[number]).items()})
             if key in wanted:
                 at.setdefault(key, number)
+            if len(at) == len(wanted):
+                break
     return [_name(number, key, at.get(key), tokenizer) for number, key in enumerate(keys)]
 
 
