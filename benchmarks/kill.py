@@ -74,7 +74,7 @@ class Kill:
     """When a process dies: at a share of the undisturbed run's time, or at the nth time that something happens.
 
     Attributes:
-        share: of the time.
+        share: of the time that the stages took, counted from when the first log is there.
         what: "replace" (a rename to a name), "write" (half of a file is written), "remove" (a folder, one file of it
             gone) or the path of a function.
         name: pattern of the file's or folder's name.
@@ -104,7 +104,7 @@ def moments() -> list[Moment]:
     tunings = ["merge", "drop", "merge", "drop", "race"] * 2 + ["merge", "race"]
     found = []
     for number, tuning in enumerate(tunings, 1):
-        kills = [Kill(share=round(chance.uniform(0.3, 0.95), 3)) for _ in range(2 if number % 4 == 0 else 1)]
+        kills = [Kill(share=round(chance.uniform(0.05, 1.1), 3)) for _ in range(2 if number % 4 == 0 else 1)]
         found.append(Moment(f"random time {number}{', twice' if len(kills) > 1 else ''}", tuning, tuple(kills)))
     replace = "replace"
     events: list[tuple[str, str, *tuple[Kill, ...]]] = [
@@ -188,7 +188,7 @@ class Bench:
             if kill is not None:
                 wrong += [f"{c} is not whole" for c in run.rglob("checkpoint-*") if not is_whole(c)]
                 going = [f"{name} step {len(s['log'])}" for name, s in now.items() if not s["finished"]]
-                died.append(going[-1] if going else "all stages finished")
+                died.append(going[-1] if going else "between or after stages")
             before = now
         wrong += [f"{count} steps were made twice" for count in repeated if count > SAVE_STEPS]
         wrong += [f"{path.name} was left" for path in run.rglob("*") if path.name.startswith((".", "checkpoint-"))]
@@ -197,9 +197,10 @@ class Bench:
 
     def _whole(self, tuning: str) -> tuple[Path, float]:
         if tuning not in self.undisturbed:
-            run, started = self.folder / f"undisturbed-{tuning}", time.perf_counter()
+            run = self.folder / f"undisturbed-{tuning}"
             self._attempt(tuning, run, None, 0.0)
-            self.undisturbed[tuning] = run, time.perf_counter() - started
+            trained = [json.loads((stage / "metrics.json").read_text())["seconds"] for stage in stages_of(run).values()]
+            self.undisturbed[tuning] = run, sum(trained)
         return self.undisturbed[tuning]
 
     def _attempt(self, tuning: str, run: Path, kill: Kill | None, seconds: float) -> None:
@@ -218,6 +219,8 @@ class Bench:
         while True:
             process = self._fork(work)
             if share:
+                while not any(run.glob("trials/*/stages/*/log.jsonl")) and not self._is_over(process):
+                    time.sleep(0.01)
                 time.sleep(share * seconds)
                 os.kill(process, signal.SIGKILL)
             killed = self._wait(process)
@@ -242,6 +245,11 @@ class Bench:
             traceback.print_exc()
         finally:
             os._exit(code)
+
+    @staticmethod
+    def _is_over(process: int) -> bool:
+        """Whether a process has ended and waits to be asked how."""
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _wait(self, process: int) -> bool:
         """Whether it was killed."""
