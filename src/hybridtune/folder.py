@@ -37,7 +37,8 @@ def claim(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     if resume and overwrite:
         raise RunError("output: --resume and --overwrite exclude each other", mend="give one of them")
     there = _there(folder)
-    if there is not folder or not any(folder.iterdir()):
+    begun = f".{_ASKED}.tmp"  # a process was killed while it wrote its first file
+    if there is not folder or all(path.name == begun for path in folder.iterdir()):
         _try_out(there, folder)
         return folder
     if not (folder / _ASKED).is_file():
@@ -123,7 +124,9 @@ def begin(
                 found=f"different {', '.join(changed)}",
                 mend="resume with the same files, or give --overwrite",
             )
-    if not resume:
+    if resume:
+        _take_back_stages(folder)
+    else:
         clear(folder)
     recipe = setting.recipe
     write_json(folder / _ASKED, _asked(recipe))
@@ -163,9 +166,22 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _take_back_stages(folder: Path) -> None:
+    """Gives the stages of the trial that was chosen before back to it: another one may be chosen now."""
+    stages, decision = folder / "stages", folder / "decision.json"
+    if not (stages.is_dir() and decision.is_file()):
+        return
+    chosen = read_json(decision)
+    for result in folder.glob(f"trials/*/{RESULT}"):
+        trial = read_json(result)
+        if (trial["strategy"], trial["seed"]) == (chosen["chosen"], chosen["seed"]):
+            target = result.parent / "stages"
+            if not target.is_dir():
+                stages.rename(target)
+
+
 def hand_over_stages(folder: Path, chosen: Trial) -> None:
     """The chosen trial's stages become the run's own."""
     source, target = Path(chosen.folder) / "stages", folder / "stages"
-    if source.is_dir():
-        shutil.rmtree(target, ignore_errors=True)
-        source.rename(target)
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)

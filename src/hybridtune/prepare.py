@@ -278,7 +278,8 @@ def _arguments(setting: Setting) -> TrainingArguments:
 
 def _say_rule(rule: Rule, defaults: set[str]) -> str:
     """`layers: lora(r=8), defaults: learning_rate 0.001, lora_alpha 16, ...`."""
-    values = {"learning_rate": rule.learning_rate, **rule.options}
+    values: dict[str, Any] = {"learning_rate": rule.learning_rate, **rule.options}
+    values |= {"layerwise_lr_decay": rule.layerwise_lr_decay}
     given = ", ".join(
         f"{key}={_short(value)}" for key, value in values.items() if key not in defaults and value is not None
     )
@@ -286,12 +287,15 @@ def _say_rule(rule: Rule, defaults: set[str]) -> str:
         f"{key} {_short(value)}" for key, value in values.items() if key in defaults and value is not None
     )
     said = f"{rule.part}: {rule.method}" + (f"({given})" if given else "")
+    if rule.active:
+        said += f", active {', '.join(f'{key} {_short(value)}' for key, value in rule.active)}"
     return said + (f", defaults: {filled}" if filled else "")
 
 
 def _length(stage: Stage) -> str:
     number, unit = (stage.max_steps, "step") if stage.max_steps else (stage.num_train_epochs, "epoch")
-    return f"{number:g} {unit}" + ("" if number == 1 else "s")
+    said = f"{number:g} {unit}" + ("" if number == 1 else "s")
+    return said + (f" or {consoles.seconds(stage.max_seconds)}" if stage.max_seconds else "")
 
 
 def _short(value: Any) -> str:

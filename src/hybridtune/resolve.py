@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from . import methods
 from .compose import Assembly
 from .recipe import Rule, Stage, Strategy, Training
+
+_Keys = TypeVar("_Keys", bound=Training)
 
 # What a stage gets for keys that neither it nor the recipe gives. Rates, decay and options come from the methods.
 STAGE_DEFAULTS: dict[str, Any] = {
@@ -47,7 +49,8 @@ def resolve(
         PartError, MethodError, RecipeError: a part, method or option does not exist on this model.
     """
     stages, defaults, anatomy = [], [], start.anatomy
-    for number, asked in enumerate(_repeated(strategy.stages)):
+    training = _saving(training)
+    for number, asked in enumerate(map(_saving, _repeated(strategy.stages))):
         stage = asked.model_copy(deep=True)
         if number == 0 and anatomy.new and all(rule.part != "new" for rule in stage.rules):
             frozen = [
@@ -101,6 +104,12 @@ def _resolve_rule(
         "active": rule.active,
     }
     return Rule(part=rule.part, method=rule.method, **given, **options)
+
+
+def _saving(asked: _Keys) -> _Keys:
+    """`save_steps` alone means steps: the default, an epoch's end, would let it count for nothing."""
+    alone = asked.save_steps is not None and asked.save_strategy is None
+    return asked.model_copy(update={"save_strategy": "steps"}) if alone else asked
 
 
 def _repeated(stages: list[Stage]) -> list[Stage]:

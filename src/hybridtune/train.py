@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import os
-import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
-from . import checkpoint, tasks
+from . import checkpoint, guard, staging, tasks
 from . import model as models
 from . import stage as stages
 from .active import Turns
@@ -38,7 +39,8 @@ from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition, rehearse
 from .engine.microbatch import by_length, is_rows
-from .errors import RecipeError, RunError
+from .errors import RecipeError, RunError, TrainingError
+from .files import read_json
 from .origin import base_of, new_of
 from .recipe import Stage, Strategy, Training, load_strategy
 from .resolve import resolve
@@ -115,8 +117,15 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.strategy: Strategy | None = None
         self.in_place = False
         self.restored_step: int | None = None  # of the last stage: the step whose weights were kept as the best
+        self.micro_batch_halvings = 0
         self._asked = self.args
         self._filler: Any = None
+        self._log: StageLog | None = None  # of the stage that runs
+        self._limit: int | None = None  # of its checkpoints
+        self._aside: Path | None = None  # where a checkpoint is being built
+        self._update: list[Any] = []  # micro-batches of the update that is being computed
+        self._added: list[Any] = []  # those of them whose gradients are there
+        self._update_loss = torch.tensor(0.0)
         if self.compute_loss_func is None and self.label_smoother is None:
             self.compute_loss_func = _exact_loss(self.model)
         self._take_up(strategy)
@@ -181,6 +190,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         assert self.assembly is not None
         first, begun = self._resume_at(resume_from_checkpoint)
+        self._forget(first, begun)
         output = TrainOutput(0, 0.0, {})
         for number, stage in enumerate(self.strategy.stages):
             log = StageLog(self, number, stage)
@@ -189,6 +199,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                 if number < first:
                     checkpoint.read_manifest(log.folder)
                     checkpoint.load_tensors(log.folder, self.assembly)
+                    self._tidy(stage, log.folder)
                     continue
                 output = super().train(begun if number == first else None, trial, ignore_keys_for_eval)
             self._end(stage, log)
@@ -212,13 +223,29 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                     expected=f"a checkpoint-N in {' or '.join(map(str, folders))}",
                 )
             return (at or [0])[0], str(asked)
+        if not self.can_resume:
+            raise RunError(f"resume_from_checkpoint: {folders[0]} has no checkpoint", mend="train from the start")
         for number, folder in enumerate(folders):
-            if self.in_place or not (folder / METRICS).is_file():
-                whole = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
-                if not whole and number == 0:
-                    raise RunError(f"resume_from_checkpoint: {folder} has no checkpoint", mend="train from the start")
-                return number, str(max(whole, key=lambda c: int(c.name.split("-")[1]))) if whole else None
+            if self.in_place or not stages.is_finished(folder):
+                whole = staging.checkpoints(folder)
+                return number, str(whole[-1]) if whole else None
         return len(folders), None
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether an earlier, interrupted training of this strategy has left a finished stage or a whole checkpoint."""
+        first = self.stage_folders[0]
+        return bool(staging.checkpoints(first)) or (stages.is_finished(first) and not self.in_place)
+
+    def _forget(self, first: int, begun: str | None) -> None:
+        """Removes what would be taken for a part of this training if it were interrupted and resumed."""
+        if self.is_world_process_zero():
+            for number, folder in enumerate(self.stage_folders):
+                staging.sweep(folder)
+                if number >= first and not self.in_place:
+                    (folder / METRICS).unlink(missing_ok=True)
+                    staging.forget(folder, staging.step_of(Path(begun)) if begun and number == first else -1)
+        self.accelerator.wait_for_everyone()
 
     def folder_of(self, number: int, stage: Stage) -> Path:
         """Where a stage writes: `output_dir` itself for a model that came with its adapter, else `stages/` in it."""
@@ -235,6 +262,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     def _as(self, stage: Stage, log: StageLog) -> Iterator[None]:
         """Takes the stage's callbacks, and its arguments, off again, also when it is interrupted."""
         before = list(self.callback_handler.callbacks)
+        self._log = log
         self.add_callback(log)
         if stage.early_stopping_patience is not None:
             self.add_callback(
@@ -245,6 +273,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         finally:
             self.callback_handler.callbacks = before
             self.args = self._asked
+            self._log = None
 
     def _begin(self, number: int, stage: Stage) -> None:
         """Puts the stage on the model and gives Trainer its arguments. The seed is set before anything is attached."""
@@ -253,6 +282,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.args = stages.arguments_of(
             self._asked, stage, self.folder_of(number, stage), self.eval_dataset is not None
         )
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # see _save_checkpoint
+        self.micro_batch_halvings = 0
         set_seed(self._asked.seed + number)
         if self.accelerator.mixed_precision != "no":  # a stage before has wrapped forward in autocast
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -295,9 +326,18 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if not self.in_place:
             self._write(log.folder, stage=stage.name)
         log.write_metrics()
-        if not self.in_place and stage.save_total_limit is None and self._asked.save_total_limit is None:
-            for old in log.folder.glob("checkpoint-*"):
-                shutil.rmtree(old)
+        self._tidy(stage, log.folder)
+
+    def _tidy(self, stage: Stage, folder: Path) -> None:
+        """Removes the checkpoints of a finished stage that nobody asked to keep: of a single one, all but the best."""
+        if not self.is_world_process_zero():
+            return
+        limit = stage.save_total_limit or self._asked.save_total_limit
+        best = f"checkpoint-{read_json(folder / METRICS)['best_step']}"
+        if limit is None and not self.in_place:
+            staging.forget(folder)
+        elif limit == 1 and (folder / best).is_dir():
+            staging.thin_out(folder, 1, {best})
 
     @property
     def _exact(self) -> bool:
@@ -309,6 +349,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Leaves out the rows that Accelerate repeats to fill the epoch's last batch of several processes."""
+        batches, items = self._own_batches(epoch_iterator, num_batches, device)
+        self._update, self._added, self._update_loss = batches, [], torch.zeros((), device=device)
+        return batches, items
+
+    def _own_batches(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         rows = self._own_rows()
         if not batches or rows is None or not self._exact or not is_rows(batches[-1]):
@@ -334,19 +381,97 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """On the CPU, where padding costs as much as tokens do, computes a batch in pieces of similar length.
+        """Computes a batch in pieces where that saves time or where memory does not suffice for the whole.
 
-        Needs the exact loss: where Trainer's or the user's own is used, a batch stays whole.
+        On the CPU padding costs as much as tokens do: there the pieces are rows of similar length. Out of memory, a
+        micro-batch is halved, and what it and those before it in the same update have added is computed again. Both
+        need the exact loss: where Trainer's or the user's own is used, a batch stays whole.
+
+        Raises:
+            RuntimeError: out of memory, with no way to halve the micro-batch.
         """
         if inputs is self._filler:
             num_items_in_batch = torch.tensor(float("inf"))  # adds nothing
-        cut = self.args.device.type == "cpu" and self._exact and num_items_in_batch is not None
-        pieces = by_length(dict(inputs)) if cut else [inputs]
+        again: list[Any] = []
+        while True:
+            pieces = self._pieces(inputs, num_items_in_batch)
+            try:
+                for before in again:
+                    self._add(model, self._pieces(before, num_items_in_batch), num_items_in_batch)
+                loss = self._add(model, pieces, num_items_in_batch)
+                break
+            except RuntimeError as error:
+                largest = max(map(guard.rows_in, pieces))
+                alone = self.args.world_size == 1  # several processes would have to halve together
+                possible = alone and largest > 1 and self._can_cut(num_items_in_batch)
+                if not guard.is_out_of_memory(error) or not possible:
+                    raise
+            again = list(self._added)
+            self._halve(model, largest)
+        self._added.append(inputs)
+        self._update_loss = self._update_loss + loss
+        return loss
+
+    def _can_cut(self, items: torch.Tensor | int | None) -> bool:
+        """Whether rows can be computed apart."""
+        return self._exact and items is not None
+
+    def _pieces(self, inputs: Any, items: torch.Tensor | int | None) -> list[Any]:
+        if not self._can_cut(items):
+            return [inputs]
+        pieces = by_length(dict(inputs)) if self.args.device.type == "cpu" else [inputs]
+        return [part for piece in pieces for part in guard.cut(piece, 2**self.micro_batch_halvings)]
+
+    def _add(self, model: nn.Module, pieces: list[Any], items: torch.Tensor | int | None) -> torch.Tensor:
+        """Adds the gradients of all pieces of a micro-batch to those that are there; returns its loss."""
         losses = []
         for number, piece in enumerate(pieces, 1):
             with nullcontext() if number == len(pieces) else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, piece, num_items_in_batch))
+                losses.append(super().training_step(model, piece, items))
         return torch.stack(losses).sum()
+
+    def _halve(self, model: nn.Module, rows: int) -> None:
+        """Halves the micro-batch from now on and takes back the gradients of this update."""
+        self.micro_batch_halvings += 1
+        model.zero_grad()
+        gc.collect()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        stage = f"stage {self._log.stage.name}: " if self._log else ""
+        warnings.warn(
+            f"{stage}out of memory at step {self.state.global_step + 1}: {rows} rows at a time are halved to "
+            f"{-(-rows // 2)}. The batch of an update stays what it was.",
+            stacklevel=2,
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm, before the weights change by it; looks once an update whether it and the loss are numbers.
+
+        Raises:
+            TrainingError: they are not.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._log is not None:
+            # fp16 looks for gradients that overflow itself, and skips their update
+            scaled = getattr(self.accelerator, "scaler", None) is not None
+            checked = self._update_loss if scaled else self._update_loss + torch.as_tensor(norm).to(self._update_loss)
+            if not bool(torch.isfinite(checked)):
+                raise self._not_a_number()
+        return norm
+
+    def _not_a_number(self) -> TrainingError:
+        assert self._log is not None
+        self.model.eval()
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        return guard.not_a_number(
+            str(self._log.stage.name),
+            self.state.global_step + 1,
+            "gradient" if bool(torch.isfinite(self._update_loss)) else "loss",
+            guard.name_rows(self._update, self.train_dataset, tokenizer),
+            guard.culprits(self._update, lambda row: self.compute_loss(self.model, self._prepare_inputs(row))),
+            guard.are_numbers(self.model),
+            guard.last_good(self.stage_folders[: self.stage_folders.index(self._log.folder) + 1]),
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each learning rate and weight decay of the stage's rules."""
@@ -372,6 +497,53 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer = optimizer_class(groups, **{"lr": self.args.learning_rate, **options})
         self.optimizer = optimizer
         return optimizer
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The stage's folder; while a checkpoint is being built, the one beside it."""
+        return str(self._aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Builds a checkpoint aside and renames it whole; only then older ones make way, never the best."""
+        if self._log is None:
+            super()._save_checkpoint(model, trial)
+            return
+        folder, step, best = Path(self.args.output_dir), self.state.global_step, self.state.best_global_step
+        self._log.keep_in(self.state)
+        target = folder / f"checkpoint-{step}"
+        with staging.aside(folder, step, first=self.is_world_process_zero()) as self._aside:
+            self.accelerator.wait_for_everyone()
+            try:
+                super()._save_checkpoint(model, trial)
+                temporary = self._aside
+            finally:
+                self._aside = None
+            if best is not None and (best == step or (folder / f"checkpoint-{best}").is_dir()):
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self.state.save_to_json(str(temporary / target.name / staging.STATE))
+                staging.put(temporary)
+                staging.thin_out(folder, self._limit, {target.name, f"checkpoint-{best}"})
+        self.accelerator.wait_for_everyone()  # another process may want to read it
+
+    def _init_training_state(
+        self,
+        max_steps: Any,
+        num_update_steps_per_epoch: Any,
+        num_train_epochs: Any,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Finds the best checkpoint also where the folder was moved, and trains no more where training had ended."""
+        epochs, steps = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self._log is None or resume_from_checkpoint is None:
+            return epochs, steps
+        best = Path(resume_from_checkpoint).with_name(f"checkpoint-{self.state.best_global_step}")
+        if best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return (num_train_epochs, 0) if self._log.has_ended(self.state) else (epochs, steps)
 
     def _write(self, folder: Path, **more: Any) -> None:
         assert self.assembly is not None

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from . import guard
 from . import model as models
 from . import start as starts
 from .compose import Assembly
@@ -88,8 +87,9 @@ class Trial:
 
     Attributes:
         validation: metrics on validation data of the model that was kept.
-        seconds: of training and its evaluations.
-        peak_bytes: memory that it took at its peak, beyond what the process held before the model was loaded.
+        seconds: of training and its evaluations, without what was lost to interruptions.
+        peak_bytes: memory that it took at its peak, beyond what the process held before the model was loaded; of an
+            interrupted trial that of its last attempt.
         trainable, total: numbers of parameters; of several stages the largest.
     """
 
@@ -104,14 +104,13 @@ class Trial:
 
     @property
     def stages(self) -> list[Path]:
-        """The folders of its stages, in order; those of the chosen trial are the run's own in the end."""
-        own = Path(self.folder) / "stages"
-        found = (own if own.is_dir() else Path(self.folder).parent.parent / "stages").iterdir()
+        """The folders of its stages, in order, until the chosen trial's become the run's own."""
+        found = (Path(self.folder) / "stages").iterdir()
         return sorted((f for f in found if f.name.split("-")[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
 
 
 def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
-    """Trains a strategy, or reads what an earlier, finished trial in this folder has found.
+    """Trains a strategy; goes on with, or reads, what an earlier trial in this folder has left.
 
     Args:
         setting: what all trials share.
@@ -122,9 +121,8 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     Raises:
         TrainingError: it ran out of memory, or its model gives no numbers any more.
     """
-    if (folder / RESULT).is_file():
+    if (folder / RESULT).is_file() and (folder / "stages").is_dir():
         return Trial(**{**read_json(folder / RESULT), "folder": str(folder)})
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted trial has left
     memory = PeakMemory(models.pick_device(setting.recipe.device))
     set_seed(seed)
     start = setting.load()
@@ -149,16 +147,18 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    started = time.perf_counter()
+    if not trainer.can_resume:
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier trial did not come far enough
     try:
-        trainer.train()
-    except torch.OutOfMemoryError as error:
+        trainer.train(resume_from_checkpoint=trainer.can_resume)
+    except RuntimeError as error:
+        if not guard.is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"strategy {strategy.name}: out of memory",
             found=str(error).splitlines()[0],
             mend="lower per_device_train_batch_size and raise gradient_accumulation_steps, or take a smaller strategy",
         ) from error
-    seconds = time.perf_counter() - started
     metrics = {key.removeprefix("eval_"): value for key, value in _evaluated(trainer).items()}
     metrics = {key: float(value) for key, value in metrics.items() if key not in SPEED}
     if not all(math.isfinite(value) for value in metrics.values()):
@@ -167,14 +167,15 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
             found=", ".join(f"{key} {value}" for key, value in metrics.items()),
             mend="lower the learning rate",
         )
+    stages = [read_json(stage / METRICS) for stage in trainer.stage_folders]
     trial = Trial(
         strategy.name,
         seed,
         str(folder),
         metrics,
-        round(seconds, 3),
+        round(sum(stage["seconds"] for stage in stages), 3),
         memory.peak(),
-        max(read_json(stage / METRICS)["trainable"] for stage in trainer.stage_folders),
+        max(stage["trainable"] for stage in stages),
         sum(parameter.numel() for parameter in loaded.model.parameters()),
     )
     write_json(folder / RESULT, {key: value for key, value in vars(trial).items() if key != "folder"})
