@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hybridtune import checkpoint, export
+from hybridtune import checkpoint, export, predict
 from hybridtune import model as models
 from hybridtune.compose import Assembly
 from hybridtune.errors import HybridtuneError, ModelError, RunError
@@ -277,8 +278,13 @@ def test_a_fingerprint_tells_weights_apart() -> None:
          ["adapter", "checkpoint", "delta"]),
         ([tiny.rule("layers[0]", "lora"), tiny.rule("layers[1]", "lora", use_dora=True)], ["checkpoint", "delta"]),
         ([tiny.rule("layers[0]", "lora"), tiny.rule("layers[1]", "lora", use_rslora=True)], ["checkpoint", "delta"]),
-        ([LORA, tiny.rule("layers[2]", "full")], ["checkpoint", "delta"]),
-        ([LORA, tiny.rule("embeddings", "full")], ["checkpoint", "delta"]),
+        ([LORA, tiny.rule("layers[2]", "full")], ["checkpoint", "delta", "adapter"]),
+        ([LORA, tiny.rule("embeddings", "full")], ["checkpoint", "delta", "adapter"]),
+        ([tiny.rule("layers", "lora", r=2, init_lora_weights="pissa")], ["checkpoint", "delta", "adapter"]),
+        ([tiny.rule("layers", "ia3")], ["adapter", "checkpoint", "delta"]),
+        ([tiny.rule("layers", "bias"), tiny.rule("layers", "norm")], ["checkpoint", "delta"]),
+        ([tiny.rule("embeddings", "prompt")], ["delta"]),
+        ([tiny.rule("layers", "prefix")], ["delta"]),
         ([tiny.rule("all", "full")], ["checkpoint", "delta"]),
         ([tiny.rule("layers", "adapter")], ["delta"]),
         ([tiny.rule("layers[0]", "adapter"), tiny.rule("layers[1]", "lora")], ["delta"]),
@@ -323,6 +329,15 @@ SHIPPED: dict[str, tuple[str | Callable[[Path], Path], list[Rule], export.Kind]]
     "two ranks, transposed": ("gpt2", TWO_RANKS, "adapter"),
     "dora": ("llama", [tiny.rule("layers", "lora", r=2, use_dora=True)], "adapter"),
     "rslora": ("bert", [tiny.rule("layers.attention", "lora", r=4, use_rslora=True)], "adapter"),
+    "ia3": ("bert", [tiny.rule("layers", "ia3"), HEAD], "adapter"),
+    "ia3, transposed": ("gpt2", [tiny.rule("layers", "ia3")], "adapter"),
+    "ia3 merged": ("t5", [tiny.rule("layers", "ia3"), HEAD], "checkpoint"),
+    "lora+": ("bert", [tiny.rule("layers", "lora", r=2, loraplus_lr_ratio=16), HEAD], "adapter"),
+    "changed base": ("bert", [LORA, tiny.rule("layers[-2:]", "full"), HEAD], "adapter"),
+    "pissa": ("gpt2", [tiny.rule("layers", "lora", r=2, init_lora_weights="pissa"), HEAD], "adapter"),
+    "olora": ("bert", [tiny.rule("layers", "lora", r=2, init_lora_weights="olora"), HEAD], "adapter"),
+    "olora merged": ("llama", [tiny.rule("layers", "lora", r=2, init_lora_weights="olora")], "checkpoint"),
+    "bias and norm": ("bert", [tiny.rule("layers", "bias"), tiny.rule("layers", "norm")], "checkpoint"),
     "nothing new": (with_head("distilbert", num_labels=3), [LORA], "adapter"),
     "other labels": (with_head("roberta", num_labels=5), [LORA], "adapter"),
     "full": ("bert", [tiny.rule("all", "full")], "checkpoint"),
@@ -408,6 +423,27 @@ def test_what_was_handed_over_loads_without_hybridtune(
     assert (folder / "adapter_config.json").is_file() == (kind == "adapter")
     assert (folder / "tokenizer.json").is_file()
     assert json.loads((folder / "hybridtune.json").read_text())["kind"] == kind
+
+
+def test_an_adapter_on_a_changed_base_names_it_and_refuses_the_original(
+    shipped: dict[str, tuple[Tuned, Path, list[object] | str]], bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Full, then LoRA: on the original base it would load without complaint, and silently wrong."""
+    tuned, made, _ = shipped["changed base"]
+    folder = shutil.copytree(made, tmp_path / "model")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(made / "base")
+    model = checkpoint_of(folder)
+    np.testing.assert_allclose(tiny.logits(model).numpy(), tuned.logits, atol=1e-5, rtol=0)
+    original = hf.AutoModelForSequenceClassification.from_pretrained(bases("bert"))
+    original.save_pretrained(folder / "base")
+    with pytest.raises(ModelError, match="was trained on other weights"):
+        checkpoint_of(folder)
+
+
+def checkpoint_of(folder: Path) -> torch.nn.Module:
+    """An adapter folder on the base that it names, as prediction loads it."""
+    about = json.loads((folder / "hybridtune.json").read_text())
+    return predict._with_peft(folder, checkpoint.Base(**about["base"]))
 
 
 def test_an_adapter_is_small(shipped: dict[str, tuple[Tuned, Path, list[object] | str]]) -> None:

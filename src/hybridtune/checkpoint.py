@@ -25,6 +25,7 @@ from .files import disk_errors, read_json, write_json
 FORMAT = 1
 DELTA, MANIFEST = "delta.safetensors", "manifest.json"
 ABOUT = "hybridtune.json"  # in whatever a run hands over
+BASE = "base"  # folder of the changed base, beside an adapter that was trained on it
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Hands over what the user ships, as one of three kinds.
 
     checkpoint   a plain Hugging Face folder; everything that was added is merged in
-    adapter      a plain PEFT folder that names its base; where only LoRA and the head were trained
+    adapter      a plain PEFT folder that names its base; where one of PEFT's methods has added all that was added. A
+                 base that was changed too (full, then LoRA) lies in the folder `base` beside it
     delta        hybridtune's own: what was trained or changed, on top of the base it names
 
 Each holds `hybridtune.json` (kind, task, base) and a README.md that says how to load it.
@@ -9,6 +10,7 @@ Each holds `hybridtune.json` (kind, task, base) and a README.md that says how to
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +20,11 @@ import numpy as np
 from safetensors.torch import save_file
 
 from . import __version__, checkpoint, methods, predict
-from .checkpoint import ABOUT, Base
+from .checkpoint import ABOUT, BASE, Base
 from .compose import Assembly, Attachment
 from .errors import RunError
 from .files import new_folder, write_json, write_text
-from .model import PACKAGED, Loaded
+from .model import PACKAGED, Loaded, fingerprint
 from .tasks import Task
 
 Kind = Literal["checkpoint", "adapter", "delta"]
@@ -35,12 +37,10 @@ _CLASSIFIERS = ("classifier", "score")  # what PEFT keeps whole of every sequenc
 
 def kinds(assembly: Assembly) -> list[Kind]:
     """The kinds that this model can be handed over as, the best first."""
-    found: list[Kind] = []
+    found: list[Kind] = ["delta"] if assembly.unmergeable() else ["checkpoint", "delta"]
     if _is_peft(assembly):
-        found.append("adapter")
-    if not assembly.unmergeable():
-        found.append("checkpoint")
-    return [*found, "delta"]
+        found.insert(len(found) if _changed_body(assembly) else 0, "adapter")
+    return found
 
 
 def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, str]:
@@ -67,7 +67,6 @@ def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, st
 
     task = load_task(manifest["task"]["name"]).from_state(manifest["task"])
     task.prepare(loaded.model, loaded.tokenizer)
-    snippet = _snippet(kind, base, task)
     with new_folder(folder) as home:
         if kind == "delta":
             checkpoint.write(
@@ -75,7 +74,9 @@ def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, st
             )
             loaded.model.config.save_pretrained(home)
         elif kind == "adapter":
-            _write_peft(home, loaded, assembly, base)
+            if _changed_body(assembly):
+                base = _write_base(home / BASE, loaded, assembly, base)
+            _write_peft(home, assembly, base, folder)
         else:
             assembly.merge()
             loaded.model.save_pretrained(home)
@@ -88,6 +89,7 @@ def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, st
             "max_length": manifest["max_length"],
         }
         write_json(home / ABOUT, about)
+        snippet = _snippet(kind, base, task)
         write_text(home / "README.md", _readme(kind, base, manifest, snippet))
     return kind, snippet
 
@@ -116,19 +118,31 @@ def difference(stage: Path, folder: Path, texts: list[Any]) -> float:
 
 
 def _is_peft(assembly: Assembly) -> bool:
-    """Whether one configuration of PEFT's can say all that was added, and else only the head was changed."""
+    """Whether one configuration of PEFT's can say all that was added."""
     used = {attachment.method for attachment in assembly.attachments}
     if len(used) != 1 or methods.load(used.pop()).config is None:
         return False
-    anatomy, kept = assembly.anatomy, tuple(f"{name}." for name in _kept_whole(assembly))
-    body = {*anatomy.part("layers").parameters, *anatomy.part("embeddings").parameters} - set(anatomy.new)
+    kept = tuple(f"{name}." for name in _kept_whole(assembly))
     free = {*_PATTERNED, *_OF_TRAINING}
     shared = [{k: v for k, v in item.options.items() if k not in free} for item in assembly.attachments]
-    return (
-        not assembly.changed & (body | anatomy.tied)
-        and not any(name.startswith(kept) for name in assembly.added)
-        and all(options == shared[0] for options in shared)
-    )
+    return not any(name.startswith(kept) for name in assembly.added) and all(options == shared[0] for options in shared)
+
+
+def _changed_body(assembly: Assembly) -> bool:
+    """Whether more than the head was changed of the model's own weights."""
+    anatomy = assembly.anatomy
+    body = {*anatomy.part("layers").parameters, *anatomy.part("embeddings").parameters} - set(anatomy.new)
+    return bool(assembly.changed & (body | anatomy.tied))
+
+
+def _write_base(folder: Path, loaded: Loaded, assembly: Assembly, base: Base) -> Base:
+    """The changed base of an adapter, as a plain checkpoint; returns how the adapter names it."""
+    plain = copy.deepcopy(assembly)
+    for attachment in plain.attachments:
+        methods.load(attachment.method).detach(plain.model, list(attachment.parameters))
+    plain.model.save_pretrained(folder)  # type: ignore[operator]
+    loaded.tokenizer.save_pretrained(folder)
+    return replace(base, name=BASE, revision=None, fingerprint=fingerprint(plain.model))
 
 
 def _kept_whole(assembly: Assembly) -> list[str]:
@@ -144,9 +158,8 @@ def _kept_whole(assembly: Assembly) -> list[str]:
     return kept
 
 
-def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> None:
+def _write_peft(home: Path, assembly: Assembly, base: Base, final: Path) -> None:
     """One configuration for all rules, with patterns where ranks differ, so that plain PEFT loads all of it."""
-    name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
     kept, first = _kept_whole(assembly), assembly.attachments[0]
     method = methods.load(first.method)
     assert method.config is not None
@@ -158,11 +171,11 @@ def _write_peft(home: Path, loaded: Loaded, assembly: Assembly, base: Base) -> N
     }
     every = assembly.anatomy.part("all")
     config = method.config(
-        method.Options(**first.options),
+        method.Options(**{key: value for key, value in first.options.items() if key != "init_lora_weights"}),
         replace(every, matrices=tuple(name for name in every.matrices if name in own)),
         target_modules=list(own),
         modules_to_save=kept or None,
-        base_model_name_or_path=name,
+        base_model_name_or_path=str(final / BASE) if base.name == BASE else _known_as(base),
         revision=base.revision,
         inference_mode=True,
         task_type="SEQ_CLS" if base.auto_class.endswith("SequenceClassification") else None,
@@ -186,6 +199,11 @@ def _matrices(assembly: Assembly, attachment: Attachment) -> list[str]:
     return [name for name in every if any(added.startswith(f"{name}.") for added in attachment.parameters)]
 
 
+def _known_as(base: Base) -> str:
+    """What others call the base: a packaged model by its name on the hub."""
+    return PACKAGED[base.name][2] if base.name in PACKAGED else base.name
+
+
 def _snippet(kind: Kind, base: Base, task: Task) -> str:
     if kind == "checkpoint":
         return (
@@ -194,7 +212,7 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
         )
     if kind == "adapter":
-        name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
+        name = f"FOLDER/{BASE}" if base.name == BASE else _known_as(base)
         keys = f"num_labels={base.config.get('num_labels', 2)}, ignore_mismatched_sizes=True"
         return (
             f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {base.auto_class}\n\n"

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from . import checkpoint, methods
 from . import model as models
 from .anatomy import Anatomy
-from .checkpoint import ABOUT, MANIFEST, Base
+from .checkpoint import ABOUT, BASE, MANIFEST, Base
 from .compose import Assembly, Attachment
 from .errors import ModelError, PartError
 from .files import read_json
@@ -103,8 +103,8 @@ def _from_peft(folder: Path, asked: Base) -> Start:
         hub = {hub_id: name for name, (_, _, hub_id) in PACKAGED.items()}
         name = str(told["base_model_name_or_path"])
         base = replace(asked, name=hub.get(name, name), revision=told.get("revision"))
-    if (folder / "base").is_dir():
-        base = replace(base, name=str(folder / "base"), revision=None)
+    if base.name == BASE:
+        base = replace(base, name=str(folder / BASE))
     loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
     if base.fingerprint:
         checkpoint.check_fingerprint(loaded, base, folder)
