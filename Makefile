@@ -6,11 +6,12 @@ JOBS ?= 2
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test support check format clean
 
 help:
 	@echo "make demo    tune a small real model on support messages, under two minutes on two cores"
 	@echo "make test    run the tests"
+	@echo "make support try every method and strategy on every architecture, write docs/support.md"
 	@echo "make check   formatting, lint, types, import contracts"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv and caches"
@@ -32,6 +33,9 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS)
+
+support: .venv/dev
+	$(RUN) $(BIN)/python tests/support.py
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from elsewhere import OURS, PLAIN, in_a_new_process
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -344,46 +342,6 @@ SHIPPED: dict[str, tuple[str | Callable[[Path], Path], list[Rule], export.Kind]]
     "top full, lora below": ("bart", [LORA, tiny.rule("layers[-2:]", "full"), HEAD], "checkpoint"),
     "no pad token": (without_pad, [LORA], "checkpoint"),
 }
-PLAIN = """
-import json, sys, traceback
-sys.modules["hybridtune"] = None  # importing it fails
-import torch
-jobs, ids, mask = json.loads(sys.stdin.read())
-batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-for snippet, out in jobs:
-    names = {}
-    try:
-        exec(snippet, names)
-        with torch.no_grad():
-            logits = names["model"](**batch).logits.double().tolist()
-        names["tokenizer"](["a b"])
-        found = [logits, type(names["model"]).__name__, names["model"].training]
-    except Exception:
-        found = traceback.format_exc()
-    json.dump(found, open(out, "w"))
-"""
-OURS = """
-import json, sys
-import torch
-from pathlib import Path
-from hybridtune import checkpoint
-jobs, ids, mask = json.loads(sys.stdin.read())
-batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-for folder, out in jobs:
-    with torch.no_grad():
-        logits = checkpoint.load(Path(folder))[0].model(**batch).logits
-    json.dump(logits.double().tolist(), open(out, "w"))
-"""
-
-
-def in_a_new_process(code: str, jobs: list[tuple[str, str]]) -> None:
-    batch = tiny.batch()
-    sent = json.dumps([jobs, batch["input_ids"].tolist(), batch["attention_mask"].tolist()])
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=sent, capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,9 @@ def tied() -> Assembly:
         (assembly, [("layers", "freeze")], r"leave nothing to train\n.*layers: freeze"),
         (assembly, [("layers", "full"), ("all", "freeze")], "leave nothing to train"),
         (assembly, [("layers", "lora"), ("layers", "full"), ("layers", "freeze")], "lora on layers: no matrix is left"),
+        (assembly, [("layers", "bias"), ("all", "bias")], "bias on layers: neither a bias nor a matrix is left there"),
+        (assembly, [("layers", "adapter"), ("layers", "adapter")],
+         r"two rules train the same: layers: adapter and layers: adapter\n.*found.*adapter_attention\.down\.weight"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make: Callable[[], Assembly], rules: RULES, says: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from hybridtune import checkpoint, methods
 from hybridtune.anatomy import Anatomy
-from hybridtune.compose import Assembly
+from hybridtune.compose import Assembly, skeleton
 from hybridtune.errors import MethodError, RecipeError
 from hybridtune.methods import lora
 from hybridtune.recipe import Stage
@@ -270,6 +270,14 @@ def test_loras_variants_start_unchanged_and_merge(init: bool | str, architecture
     assert (tuned - before).abs().max() > 1e-2
     lora.merge(model, names)
     torch.testing.assert_close(tiny.logits(model), tuned, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "mica"])
+def test_loras_starts_need_no_numbers_in_a_rehearsal(init: str) -> None:
+    model = tiny.classifier("bert")
+    assert attach(skeleton(model), "lora", PART, r=4, init_lora_weights=init) == attach(
+        model, "lora", PART, r=4, init_lora_weights=init
+    )
 
 
 # --- the contract, of every method on every architecture

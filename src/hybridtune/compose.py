@@ -149,6 +149,7 @@ class Assembly:
         trained: dict[int, tuple[str, ...]] = {}
         for number in sorted(range(len(rules)), key=lambda n: not rules[n].method.WRAPS):
             trained[number] = self._put(rules[number], less[number])
+        _check_once(rules, trained)
         groups = [group for number, rule in enumerate(rules) for group in self._groups(rule, trained[number])]
         if not groups:
             raise MethodError(
@@ -340,6 +341,20 @@ def _check_pair(first: _Rule, second: _Rule, name: str, tied: bool) -> None:
             f"{first.rule} and {second.rule}: {name} is tied, one tensor with two names",
             mend="train both parts or freeze both",
         )
+
+
+def _check_once(rules: list[_Rule], trained: dict[int, tuple[str, ...]]) -> None:
+    """Refuses two rules that go on with one attachment: claims do not tell them apart."""
+    owner: dict[str, int] = {}
+    for number, names in sorted(trained.items()):
+        for name in names:
+            if name in owner:
+                raise MethodError(
+                    f"two rules train the same: {rules[owner[name]].rule} and {rules[number].rule}",
+                    found=name,
+                    mend="leave one of them out, or give them parts that do not overlap",
+                )
+            owner[name] = number
 
 
 def skeleton(assembly: Assembly) -> Assembly:

@@ -130,7 +130,8 @@ def _method(name: str, module: ModuleType) -> Method:
     missing = [field.name for field in own if field.default is MISSING and not hasattr(module, field.name)]
     if missing:
         raise MethodError(
-            f"method: {name}: lacks {', '.join(missing)}", mend="the contract stands at the top of hybridtune/methods/__init__.py"
+            f"method: {name}: lacks {', '.join(missing)}",
+            mend="the contract stands at the top of hybridtune/methods/__init__.py",
         )
     given = {field.name: getattr(module, field.name) for field in own if hasattr(module, field.name)}
     if hasattr(module, "detach") and not hasattr(module, "merge"):

@@ -55,14 +55,15 @@ def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
     """Adds biases where the part has none; else its own are trained.
 
     Raises:
-        MethodError: the part has neither biases nor matrices, or has new ones from another rule.
+        MethodError: nothing of the part is left, neither biases nor matrices without one, or it has new ones already.
     """
     if part.biases:
         return list(part.biases)
-    if not part.matrices:
+    bare = [path for path in part.matrices if getattr(model.get_submodule(path), "bias", None) is None]
+    if not bare:  # biases that a later rule has claimed are there too
         raise MethodError(f"bias on {part}: neither a bias nor a matrix is left there", expected="layers, as a rule")
     names = []
-    for path in part.matrices:
+    for path in bare:
         parent, _, child = path.rpartition(".")
         layer, name = model.get_submodule(parent), f"{child}_bias"
         if hasattr(layer, name):

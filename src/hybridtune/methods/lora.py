@@ -110,7 +110,10 @@ def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
             found=f"r {options.r}",
             expected=f"at most {thin}",
         )
-    names = inject(model, config(options, part), list(part.matrices), "lora_")
+    start: dict[str, Any] = (
+        {"init_lora_weights": True} if modules[0].weight.is_meta else {}
+    )  # PEFT's mica needs numbers
+    names = inject(model, config(options, part, **start), list(part.matrices), "lora_")
     return [name for name in names if not (options.init_lora_weights == "mica" and ".lora_B." in name)]
 
 
