@@ -196,7 +196,8 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
         )
     if kind == "adapter":
         name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
-        keys = f"num_labels={base.config.get('num_labels', 2)}, ignore_mismatched_sizes=True"
+        # In float32, as it was tuned: transformers would take a base of half precision as it is.
+        keys = f'num_labels={base.config.get("num_labels", 2)}, dtype="float32", ignore_mismatched_sizes=True'
         return (
             f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {base.auto_class}\n\n"
             f'base = {base.auto_class}.from_pretrained("{name}", {keys})\n'
