@@ -269,6 +269,7 @@ def attempt(row: str, name: str, home: Path, folder: Path) -> str:
         max_steps=STEPS,
         per_device_train_batch_size=4,
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
