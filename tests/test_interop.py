@@ -79,9 +79,9 @@ def test_every_strategy_that_merges_is_a_plain_checkpoint(bases: Bases, tmp_path
     ready: dict[str, Tuned] = {}
     for architecture in ("bert", "llama"):
         base, kinds = bases(architecture), {}
-        anatomy = tiny.assembly(base, **TASK.model_config())[0].anatomy
+        start, _ = tiny.assembly(base, **TASK.model_config())
         for name in built_in_strategies():
-            stages, where = resolve(load_strategy(name), Training(), anatomy, 32)[0].stages, f"{architecture} {name}"
+            stages, where = resolve(load_strategy(name), Training(), start, 32)[0].stages, f"{architecture} {name}"
             made = tune(tmp_path / where, base, *stages)
             kinds[name] = export.kinds(made.assembly)
             if "checkpoint" in kinds[name]:

@@ -212,14 +212,9 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
         )
     if kind == "adapter":
-<<<<<<< HEAD
         name = f"FOLDER/{BASE}" if base.name == BASE else _known_as(base)
-        keys = f"num_labels={base.config.get('num_labels', 2)}, ignore_mismatched_sizes=True"
-=======
-        name = PACKAGED[base.name][2] if base.name in PACKAGED else base.name
         # In float32, as it was tuned: transformers would take a base of half precision as it is.
         keys = f'num_labels={base.config.get("num_labels", 2)}, dtype="float32", ignore_mismatched_sizes=True'
->>>>>>> matrix
         return (
             f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {base.auto_class}\n\n"
             f'base = {base.auto_class}.from_pretrained("{name}", {keys})\n'
