@@ -23,8 +23,8 @@ HEAD = tiny.rule("head", "full")
 # Strategies that end with something that plain files have no place for: Llama's have none for biases.
 STAY_DELTAS = {"bert": {"adapter", "full-then-adapter", "mam", "prefix", "prompt"}}
 STAY_DELTAS["llama"] = STAY_DELTAS["bert"] | {"bitfit"}
-# Strategies whose result is one PEFT adapter and a head.
-PEFT_ONLY = {"ia3", "lora", "lp-lora"}
+# Strategies whose result is one PEFT adapter and a head, maybe with a base of its own.
+PEFT_ONLY = {"ia3", "lora", "lp-lora", "full-then-lora", "relora", "top-full-lora-below"}
 
 RANKS = [tiny.rule("layers[0:2]", "lora", r=2), tiny.rule("layers[2].mlp", "lora", r=4, lora_alpha=6), HEAD]
 ADAPTERS: dict[str, tuple[str, list[Rule]]] = {
