@@ -23,8 +23,8 @@ HEAD = tiny.rule("head", "full")
 # Strategies that end with something that plain files have no place for: Llama's have none for biases.
 STAY_DELTAS = {"bert": {"adapter", "full-then-adapter", "mam", "prefix", "prompt"}}
 STAY_DELTAS["llama"] = STAY_DELTAS["bert"] | {"bitfit"}
-# Strategies whose result is one PEFT adapter and a head.
-PEFT_ONLY = {"ia3", "lora", "lp-lora"}
+# Strategies whose result is one PEFT adapter and a head, maybe with a base of its own.
+PEFT_ONLY = {"ia3", "lora", "lp-lora", "full-then-lora", "relora", "top-full-lora-below"}
 
 RANKS = [tiny.rule("layers[0:2]", "lora", r=2), tiny.rule("layers[2].mlp", "lora", r=4, lora_alpha=6), HEAD]
 ADAPTERS: dict[str, tuple[str, list[Rule]]] = {
@@ -79,9 +79,9 @@ def test_every_strategy_that_merges_is_a_plain_checkpoint(bases: Bases, tmp_path
     ready: dict[str, Tuned] = {}
     for architecture in ("bert", "llama"):
         base, kinds = bases(architecture), {}
-        anatomy = tiny.assembly(base, **TASK.model_config())[0].anatomy
+        start, _ = tiny.assembly(base, **TASK.model_config())
         for name in built_in_strategies():
-            stages, where = resolve(load_strategy(name), Training(), anatomy, 32)[0].stages, f"{architecture} {name}"
+            stages, where = resolve(load_strategy(name), Training(), start, 32)[0].stages, f"{architecture} {name}"
             made = tune(tmp_path / where, base, *stages)
             kinds[name] = export.kinds(made.assembly)
             if "checkpoint" in kinds[name]:
