@@ -53,6 +53,7 @@ OUTLINE = {
     "modernbert": (["model.layers"], ["model.embeddings"], ["head", "classifier"], ["model.final_norm"]),
     "llama": (["model.layers"], ["model.embed_tokens"], ["score"], ["model.norm"]),
     "qwen3": (["model.layers"], ["model.embed_tokens"], ["score"], ["model.norm"]),
+    "gemma": (["model.layers"], ["model.embed_tokens"], ["score"], ["model.norm"]),
     "gpt2": (["transformer.h"], ["transformer.wte", "transformer.wpe"], ["score"], ["transformer.ln_f"]),
     "t5": (
         ["transformer.encoder.block", "transformer.decoder.block"],
