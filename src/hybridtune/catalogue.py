@@ -48,7 +48,12 @@ def strategies(name: str | None, console: Console) -> Any:
     if name is None:
         found = {known: load_strategy(known) for known in built_in_strategies()}
         rows = [
-            (known, " -> ".join(str(stage.name) for stage in s.stages), s.title or "") for known, s in found.items()
+            (
+                known,
+                " -> ".join(f"{stage.name}" + (f" x {stage.repeat}" if stage.repeat else "") for stage in s.stages),
+                s.title or "",
+            )
+            for known, s in found.items()
         ]
         console.table(("strategy", "stages", "what it does"), rows)
         return {known: s.title for known, s in found.items()}
@@ -56,7 +61,8 @@ def strategies(name: str | None, console: Console) -> Any:
     console.line(f"{strategy.name}: {strategy.title or ''}\n")
     console.line(f"  when      {strategy.when or '-'}\n  source    {strategy.source or '-'}\n")
     for number, stage in enumerate(strategy.stages, 1):
-        before = f" ({stage.previous} what the stage before added)" if number > 1 else ""
+        before = f" ({stage.previous} what the stage before added)" if number > 1 or stage.repeat else ""
+        before += f", {stage.repeat} times" if stage.repeat else ""
         console.line(f"  {number}. {stage.name}{before}: " + "; ".join(map(str, stage.rules)))
     own = resources.files(__package__).joinpath("strategies", f"{name}.yaml")
     console.line("\n" + (own.read_text("utf-8") if own.is_file() else Path(name).read_text("utf-8")))
