@@ -36,6 +36,8 @@ def claim(recipe: Recipe, resume: bool, overwrite: bool) -> Path:
     folder = Path(recipe.output).expanduser()
     if resume and overwrite:
         raise RunError("output: --resume and --overwrite exclude each other", mend="give one of them")
+    if overwrite and Path(recipe.model).exists() and Path(recipe.model).resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"output: {folder} holds the model to start from", mend="choose another output")
     there = _there(folder)
     begun = f".{_ASKED}.tmp"  # a process was killed while it wrote its first file
     if there is not folder or all(path.name == begun for path in folder.iterdir()):
