@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from ..anatomy import Part
 from ..errors import MethodError
 from ..layers import Block
+from ._modules import unhook, width_of
 
 SUMMARY = "small bottleneck networks beside frozen blocks"
 FORMULA = "h' = h + A(h)"
@@ -121,8 +122,8 @@ def _attach(model: nn.Module, block: Block, options: Options) -> list[str]:
         )
     first, last = model.get_submodule(block.input), model.get_submodule(block.output)
     weight = next(last.parameters())
-    width_in = _width(first, "in") if options.mode == "parallel" else _width(last, "out")
-    adapter = Bottleneck(width_in, _width(last, "out"), options).to(weight.device, weight.dtype)
+    width_in = width_of(first, "in") if options.mode == "parallel" else width_of(last, "out")
+    adapter = Bottleneck(width_in, width_of(last, "out"), options).to(weight.device, weight.dtype)
     layer.add_module(name, adapter)
     if options.mode == "parallel":
         first.register_forward_pre_hook(adapter.remember)
@@ -132,21 +133,10 @@ def _attach(model: nn.Module, block: Block, options: Options) -> list[str]:
     return [f"{block.path}.{name}.{inner}" for inner, _ in adapter.named_parameters()]
 
 
-def _width(matrix: nn.Module, side: str) -> int:
-    """Width that goes in or out of a matrix: nn.Linear, GPT-2's Conv1D, or PEFT's layer on either."""
-    for name in (f"{side}_features", {"in": "nx", "out": "nf"}[side]):
-        if hasattr(matrix, name):
-            return int(getattr(matrix, name))
-    raise MethodError(f"adapter: the width of a {type(matrix).__name__} is unknown")
-
-
 def detach(model: nn.Module, names: list[str]) -> None:
     """Takes the adapters off again, hooks included."""
     for path in dict.fromkeys(name.rsplit(".", 2)[0] for name in names):
         parent, _, child = path.rpartition(".")
         adapter = model.get_submodule(path)
-        for module in model.get_submodule(parent).modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is adapter]:
-                    del hooks[key]
+        unhook(model.get_submodule(parent).modules(), adapter)
         delattr(model.get_submodule(parent), child)

@@ -6,14 +6,13 @@ zero, so that its output is x W + b.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from ..anatomy import Part
 from ..errors import MethodError
+from ._modules import unhook, width_of
 
 SUMMARY = "the bias vectors of the part are trained; a part without any gets new ones"
 FORMULA = "b' = b - a dL/db"
@@ -68,10 +67,9 @@ def attach(model: nn.Module, part: Part, options: Options) -> list[str]:
         layer, name = model.get_submodule(parent), f"{child}_bias"
         if hasattr(layer, name):
             raise MethodError(f"bias on {path}: it has a new one already", mend="one bias rule for each matrix")
-        matrix: Any = model.get_submodule(path)
+        matrix = model.get_submodule(path)
         weight = next(matrix.parameters())
-        width = getattr(matrix, "out_features", None) or matrix.nf
-        added = Bias(weight, int(width))
+        added = Bias(weight, width_of(matrix, "out"))
         layer.add_module(name, added)
         matrix.register_forward_hook(added.after)
         names.append(f"{path}_bias.bias")
@@ -84,7 +82,5 @@ def detach(model: nn.Module, names: list[str]) -> None:
         owner, _, child = name.removesuffix(".bias").rpartition(".")
         layer = model.get_submodule(owner)
         added = getattr(layer, child)
-        hooks = model.get_submodule(name.removesuffix("_bias.bias"))._forward_hooks
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is added]:
-            del hooks[key]
+        unhook([model.get_submodule(name.removesuffix("_bias.bias"))], added)
         delattr(layer, child)

@@ -27,6 +27,7 @@ from ..anatomy import Part
 from ..errors import MethodError
 from ..layers import Block
 from ..model import quiet
+from ._modules import unhook, width_of
 
 SUMMARY = "learned keys and values in front of an attention block's own"
 FORMULA = "a(x) = softmax(Q [P_k; K]^T) [P_v; V]"
@@ -166,8 +167,7 @@ def detach(model: PreTrainedModel, names: list[str]) -> None:
     """Takes prefixes off again; the model's own attention implementation comes back with the last."""
     for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
         prefix, owner = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
-        for key in [key for key, hook in owner._forward_hooks.items() if getattr(hook, "__self__", None) is prefix]:
-            del owner._forward_hooks[key]
+        unhook([owner], prefix)
         delattr(owner, CHILD)
     if not any(isinstance(module, Prefix) for module in model.modules()):
         _switch_off(model)
@@ -186,18 +186,13 @@ def _owner(block: Block) -> str:
 
 def _widths(model: nn.Module, path: str, block: Block) -> tuple[int, int]:
     """Widths of the keys and of the values, all heads together."""
-    sizes = {role: _width(model.get_submodule(matrix)) for matrix, role in block.matrices.items()}
+    sizes = {role: width_of(model.get_submodule(matrix), "out") for matrix, role in block.matrices.items()}
     if "k" in sizes:
         return sizes["k"], sizes.get("v", sizes["k"])
     if "q" in sizes:  # GPT-2's cross-attention: one matrix for keys and values
         return sizes["qkv"] // 2, sizes["qkv"] // 2
     groups = getattr(model.get_submodule(path), "num_key_value_groups", 1)  # queries to one key
     return sizes["qkv"] // (groups + 2), sizes["qkv"] // (groups + 2)
-
-
-def _width(matrix: nn.Module) -> int:
-    """What comes out of a matrix: nn.Linear, GPT-2's Conv1D, or PEFT's layer on either."""
-    return int(matrix.out_features if hasattr(matrix, "out_features") else matrix.nf)  # type: ignore[arg-type]
 
 
 def _in_front(learned: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

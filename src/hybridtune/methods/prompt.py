@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from ..anatomy import Anatomy, Part
 from ..errors import MethodError
 from ..model import load_tokenizer
+from ._modules import unhook
 
 SUMMARY = "learned vectors in front of the embedded text"
 FORMULA = "h_0 = [P; E x]"
@@ -215,11 +216,7 @@ def detach(model: nn.Module, names: list[str]) -> None:
     """Takes the prompt off again, hooks included."""
     for path in (name.rpartition(".")[0] for name in names):
         prompt = model.get_submodule(path)
-        for module in model.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is prompt]:
-                    del hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        unhook(model.modules(), prompt)
         delattr(model.get_submodule(path.rpartition(".")[0]), CHILD)
 
 
