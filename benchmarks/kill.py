@@ -409,15 +409,7 @@ def state_of(run: Path) -> dict[str, Any]:
 
 def is_whole(folder: Path) -> bool:
     """Whether a checkpoint has all its files; what lies in a folder with a dot need not."""
-    names = {
-        "delta.safetensors",
-        "manifest.json",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "trainer_state.json",
-    }
-    return folder.parent.name.startswith(".") or {path.name for path in folder.iterdir()} == names
+    return folder.parent.name.startswith(".") or {path.name for path in folder.iterdir()} == tiny.CHECKPOINT_FILES
 
 
 def differences(whole: Path, run: Path) -> list[str]:

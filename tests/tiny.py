@@ -17,6 +17,11 @@ from hybridtune.compose import Assembly
 from hybridtune.recipe import Rule
 
 AUTO = "AutoModelForSequenceClassification"
+# What a checkpoint of a stage holds, and nothing else.
+CHECKPOINT_FILES = {
+    *("delta.safetensors", "manifest.json"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+}
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz", "good", "bad", "new", "old"]
 _SIZE = {

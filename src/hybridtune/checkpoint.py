@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import model as models
+from .anatomy import Anatomy
 from .compose import Assembly, Attachment
 from .errors import ModelError, RunError
 from .files import disk_errors, read_json, write_json
@@ -48,6 +49,10 @@ class Base:
     auto_class: str
     config: dict[str, Any]
     trust_remote_code: bool = False
+
+    def beside(self, folder: Path) -> Base:
+        """The base as an adapter in a folder means it: a changed one lies there."""
+        return replace(self, name=str(folder / BASE)) if self.name == BASE else self
 
 
 def write(folder: Path, assembly: Assembly, base: Base, **more: Any) -> None:
@@ -159,17 +164,33 @@ def load(folder: Path) -> tuple[models.Loaded, Assembly, dict[str, Any]]:
         RunError: the folder is damaged.
         ModelError: the base cannot be found, or its weights are not those that the delta was trained on.
     """
-    from .anatomy import Anatomy
-
     manifest = read_manifest(folder)
     base = Base(**manifest["base"])
     loaded = load_base(base)
     check_fingerprint(loaded, base, folder)
-    assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
+    return loaded, rebuild(folder, manifest, loaded, loaded.new), manifest
+
+
+def rebuild(
+    folder: Path, manifest: dict[str, Any], loaded: models.Loaded, new: Sequence[str], without: Collection[str] = ()
+) -> Assembly:
+    """Puts what a delta folder holds on its loaded base.
+
+    Args:
+        folder: of the delta.
+        manifest: its manifest.
+        loaded: its base.
+        new: names of what counts as new on it.
+        without: names of changed tensors that stay as the base has them.
+
+    Raises:
+        RunError: the file is damaged or is not of this structure.
+    """
+    assembly = Assembly(loaded.model, Anatomy(loaded.model, new))
     assembly.put_again(map(Attachment.from_dict, manifest["attachments"]))
-    assembly.changed = set(manifest["changed"])
+    assembly.changed = set(manifest["changed"]) - set(without)
     load_tensors(folder, assembly)
-    return loaded, assembly, manifest
+    return assembly
 
 
 def check_fingerprint(loaded: models.Loaded, base: Base, folder: Path) -> None:

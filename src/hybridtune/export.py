@@ -11,7 +11,6 @@ Each holds `hybridtune.json` (kind, task, base) and a README.md that says how to
 from __future__ import annotations
 
 import copy
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from .checkpoint import ABOUT, BASE, Base
 from .compose import Assembly, Attachment
 from .errors import RunError
 from .files import new_folder, write_json, write_text
+from .methods._peft import name_in_file
 from .model import PACKAGED, Loaded, fingerprint
 from .tasks import Task
 
@@ -182,7 +182,7 @@ def _write_peft(home: Path, assembly: Assembly, base: Base, final: Path) -> None
         **patterns,
     )
     config.save_pretrained(str(home))
-    tensors = {re.sub(r"\.default(?=\.|$)", "", name): assembly.parameter(name) for name in assembly.added}
+    tensors = {name_in_file(name): assembly.parameter(name) for name in assembly.added}
     for path in kept:
         module = assembly.model.get_submodule(path)
         tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from . import checkpoint, tasks
 from . import model as models
-from .checkpoint import ABOUT, BASE, Base
+from .checkpoint import ABOUT, Base
 from .data import read as reading
 from .data.rows import row_numbers
 from .errors import DataError, RunError
@@ -181,7 +181,7 @@ def _with_peft(home: Path, base: Base) -> PreTrainedModel:
     """The base that an adapter of PEFT's was trained on, with the adapter on it."""
     from peft import PeftModel
 
-    base = replace(base, name=str(home / BASE)) if base.name == BASE else base
+    base = base.beside(home)
     loaded = checkpoint.load_base(base, tokenizer_from=str(home))
     checkpoint.check_fingerprint(loaded, base, home)
     return PeftModel.from_pretrained(loaded.model, str(home))  # type: ignore[return-value]

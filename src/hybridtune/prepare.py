@@ -97,9 +97,9 @@ def _read(recipe: Recipe, task: Task) -> tuple[dict[str, Dataset], dict[str, str
         _refuse_same_file(recipe, name, source)
         sources[name] = read.describe(source)
         table = read.read(source, name, max_rows=recipe.max_rows)
-        wanted = (name, sources[name], task.columns, recipe.data.columns, task.required)
-        columns[name] = read.find_columns(table, *wanted)
-        rows[name] = read.map_columns(table, *wanted)
+        hints = recipe.data.columns
+        columns[name] = read.find_columns(table, name, sources[name], task.columns, hints, task.required)
+        rows[name] = read.rename_columns(table, columns[name], task.columns)
     return rows, sources, columns
 
 

@@ -1,6 +1,6 @@
 """The recipe: what the user asks for. One YAML file = one pydantic object = the same keyword arguments in Python.
 
-Keys that TrainingArguments has keep its names and meanings. A key that is not given is None here; `compose.py` fills
+Keys that TrainingArguments has keep its names and meanings. A key that is not given is None here; `resolve.py` fills
 it from the defaults of the method, so that the resolved recipe can say which values were chosen and which were given.
 Nothing here imports torch.
 """

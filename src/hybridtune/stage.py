@@ -53,8 +53,6 @@ def arguments_of(asked: TrainingArguments, stage: Stage, folder: Path, evaluates
                 f"stage {stage.name}: {key} cannot be {value}",
                 expected=", ".join(str(known.value) for known in type(old)),
             ) from None
-    if stage.save_steps is not None and stage.save_strategy is None:
-        arguments.save_strategy = SaveStrategy.STEPS
     arguments.output_dir = str(folder)
     arguments.logging_nan_inf_filter = False  # a loss that is no number stops the training: see guard.py
     arguments.learning_rate = max(rule.learning_rate or 0.0 for rule in stage.rules)

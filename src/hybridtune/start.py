@@ -19,10 +19,11 @@ from safetensors import safe_open
 from . import checkpoint, methods
 from . import model as models
 from .anatomy import Anatomy
-from .checkpoint import ABOUT, BASE, MANIFEST, Base
+from .checkpoint import ABOUT, MANIFEST, Base
 from .compose import Assembly, Attachment
 from .errors import ModelError, PartError
 from .files import read_json
+from .methods._peft import name_in_file
 from .model import PACKAGED, Loaded
 
 _PEFT, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,10 +82,7 @@ def _from_delta(folder: Path, asked: Base) -> Start:
     checkpoint.check_fingerprint(loaded, base, folder)
     other_labels = _labels(told.config) != _labels(asked.config)
     new = tuple(name for name in loaded.new if other_labels or name not in manifest["changed"])
-    assembly = Assembly(loaded.model, Anatomy(loaded.model, new))
-    assembly.put_again(map(Attachment.from_dict, manifest["attachments"]))
-    assembly.changed = set(manifest["changed"]) - set(new)
-    checkpoint.load_tensors(folder, assembly)
+    assembly = checkpoint.rebuild(folder, manifest, loaded, new, without=new)
     assembly.changed.update(new)
     return Start(replace(loaded, new=new), assembly, base)
 
@@ -103,8 +101,7 @@ def _from_peft(folder: Path, asked: Base) -> Start:
         hub = {hub_id: name for name, (_, _, hub_id) in PACKAGED.items()}
         name = str(told["base_model_name_or_path"])
         base = replace(asked, name=hub.get(name, name), revision=told.get("revision"))
-    if base.name == BASE:
-        base = replace(base, name=str(folder / BASE))
+    base = base.beside(folder)
     loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
     if base.fingerprint:
         checkpoint.check_fingerprint(loaded, base, folder)
@@ -116,7 +113,7 @@ def _from_peft(folder: Path, asked: Base) -> Start:
     new = tuple(name for name in loaded.new if name not in fits)
     assembly = Assembly(loaded.model, Anatomy(loaded.model, new))
     assembly.put_again(_attachments(folder, told, tensors, assembly.anatomy))
-    wanted = {re.sub(r"\.default(?=\.|$)", "", name): name for name in assembly.added}
+    wanted = {name_in_file(name): name for name in assembly.added}
     wanted |= {name.removesuffix(".weight"): here for name, here in wanted.items() if "magnitude" in name}
     left = sorted(set(tensors) - set(whole) - set(wanted))
     if left or not wanted.keys() & tensors.keys():

@@ -38,7 +38,11 @@ def map_columns(
     Raises:
         DataError: as `find_columns`.
     """
-    found = find_columns(rows, split, source, wanted, hints, required, in_recipe)
+    return rename_columns(rows, find_columns(rows, split, source, wanted, hints, required, in_recipe), wanted)
+
+
+def rename_columns(rows: Dataset, found: dict[str, str], wanted: Collection[str]) -> Dataset:
+    """Gives the columns that `find_columns` has found their canonical names; what stands in their way is left out."""
     in_the_way = [name for name in rows.column_names if name in wanted and name not in found.values()]
     renames = {column: canonical for canonical, column in found.items() if column != canonical}
     rows = rows.remove_columns(in_the_way) if in_the_way else rows

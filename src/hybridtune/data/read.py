@@ -19,11 +19,11 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from ..errors import DataError, nearest_file
-from .columns import find_columns, map_columns
+from .columns import find_columns, map_columns, rename_columns
 from .files import READ_AS, TEXT_SUFFIXES, encoding_of, read_text_file
 from .tables import ROW, from_columns, from_dicts, from_frame, plain, without_dictionaries
 
-__all__ = ["ROW", "SUFFIXES", "Source", "describe", "find_columns", "map_columns", "read"]
+__all__ = ["ROW", "SUFFIXES", "Source", "describe", "find_columns", "map_columns", "read", "rename_columns"]
 
 Source: TypeAlias = str | Path | Dataset | DatasetDict | pd.DataFrame | Sequence[dict[str, Any]]
 

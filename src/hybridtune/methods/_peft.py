@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 from torch import nn
 
 ADAPTER_NAME = "default"
+_INFIX = re.compile(rf"\.{ADAPTER_NAME}(?=\.|$)")
+
+
+def name_in_file(name: str) -> str:
+    """The name that an added parameter has in PEFT's own files, which leave the adapter's name out."""
+    return _INFIX.sub("", name)
 
 
 def inject(model: nn.Module, config: Any, targets: list[str], infix: str) -> list[str]:
