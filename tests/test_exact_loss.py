@@ -397,6 +397,7 @@ class TestPieces:
                 data_collator=hf.DataCollatorWithPadding(tiny.tokenizer()),
                 train_dataset=tiny.rows(80, longest=30),
                 callbacks=[seen],
+                engine="off",
             )
             trainer.train()
             return {"losses": seen.losses, "norms": seen.norms, "weights": weights_of(model)}

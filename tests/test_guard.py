@@ -31,7 +31,9 @@ Build = Callable[..., HybridTrainer]
 def build(tmp_path: Path) -> Build:
     """Builds a trainer over 40 rows without dropout, five steps an epoch."""
 
-    def make(stages: Any = STAGES, rows: Any = None, loss: Any = None, **arguments: Any) -> HybridTrainer:
+    def make(
+        stages: Any = STAGES, rows: Any = None, loss: Any = None, engine: Any = "auto", **arguments: Any
+    ) -> HybridTrainer:
         given = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 8, "logging_steps": 1, "seed": 3}
         fixed = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "num_train_epochs": 1}
         model = tiny.classifier("bert", **NO_DROPOUT)
@@ -44,6 +46,7 @@ def build(tmp_path: Path) -> Build:
             train_dataset=rows or tiny.rows(40),
             strategy=stages,
             compute_loss_func=loss,
+            engine=engine,
         )
         trainer.remove_callback(hf.PrinterCallback)
         return trainer
@@ -197,6 +200,7 @@ class TestMemory:
             "gradient_accumulation_steps": 2,
             "optim": "sgd",
             "learning_rate": 0.1,
+            "engine": "off",  # which would try itself on a few rows first
         }
         enough = build(output_dir=str(tmp_path / "enough"), **more)
         enough.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint, tasks
+from . import engine as engines
 from . import model as models
 from .checkpoint import ABOUT, Base
 from .data import read as reading
 from .data.rows import row_numbers
+from .engine import Engine
 from .errors import DataError, RunError
 from .files import read_json
 from .tasks import Task
@@ -130,11 +133,15 @@ def _run(
     device, collate = next(model.parameters()).device, DataCollatorWithPadding(tokenizer)
     model.eval()
     results: dict[int, np.ndarray] = {}
+    engine: Engine | None = None
     with torch.inference_mode():
         for numbers, rows in _by_length(encoded, batch_size):
             batch = {key: value.to(device) for key, value in collate(rows).items()}
-            for number, row in zip(numbers, compute(batch).float().cpu().numpy(), strict=True):
-                results[number] = row
+            few = engines.sample(batch) if engine is None else None
+            engine = engines.start(model, few) if few else engine
+            with engine.open() if engine else nullcontext():
+                answers = compute(batch).float().cpu().numpy()
+            results.update(zip(numbers, answers, strict=True))
     return np.stack([results[number] for number in range(len(encoded))])
 
 

@@ -207,6 +207,7 @@ class Recipe(Training):
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(None, min_length=1)
     max_rows: int | None = Field(None, gt=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    engine: Literal["auto", "off"] = "auto"
     max_length: int | None = Field(None, gt=0)
     template: str | None = None
     multi_label: bool | None = None

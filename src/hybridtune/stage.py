@@ -233,6 +233,7 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
             "best_step": state.best_global_step,
             "best_metric": state.best_metric,
             "micro_batch_halvings": self.trainer.micro_batch_halvings,
+            "engine": str(self.trainer.engine or "not needed: rows of one length"),
             "evaluations": [_evaluation(logged) for logged in state.log_history if _evaluation(logged)],
         }
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -31,13 +31,14 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
-from . import checkpoint, guard, staging, tasks
+from . import checkpoint, engine, guard, staging, tasks
 from . import model as models
 from . import stage as stages
 from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition, rehearse
+from .engine import Engine
 from .engine.microbatch import by_length, is_rows
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
@@ -92,6 +93,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             otherwise every method takes its own.
         base: what the model was loaded from; found out from the model where not given.
         manifest: what the manifests of checkpoints should say besides.
+        engine: "auto" runs rows without padding where the model proves to give the same so; "off" as Trainer does.
         **kwargs: as Trainer takes them.
 
     Raises:
@@ -108,9 +110,12 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         strategy: str | Strategy | Sequence[Stage | dict[str, Any]] | None = None,
         base: Base | None = None,
         manifest: dict[str, Any] | None = None,
+        engine: Literal["auto", "off"] = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.engine: Engine | None = None  # not tried yet on the model as it is
+        self._engine_asked = engine
         self.base, self.manifest = base, manifest or {}
         self.assembly: Assembly | None = None
         self.composition: Composition | None = None
@@ -294,7 +299,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if self.composition.rotations:
             self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
         self._train_batch_size = self.args.train_batch_size
-        self.restored_step = None
+        self.restored_step = self.engine = None
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if not self.in_place:
@@ -392,6 +397,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         """
         if inputs is self._filler:
             num_items_in_batch = torch.tensor(float("inf"))  # adds nothing
+        with self._fast(model, inputs):
+            return self._step(model, inputs, num_items_in_batch)
+
+    def _step(self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         again: list[Any] = []
         while True:
             pieces = self._pieces(inputs, num_items_in_batch)
@@ -412,6 +421,35 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self._update_loss = self._update_loss + loss
         return loss
 
+    @contextmanager
+    def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
+        """Runs rows without padding, once a few rows of different lengths have shown that the model allows it."""
+        if self.engine is None and self._engine_asked == "off":
+            self.engine = Engine(None, "engine: off")
+        rows = engine.sample(dict(inputs)) if self.engine is None else None
+        if rows is not None:
+            try:
+                with self.compute_loss_context_manager():
+                    self.engine = engine.start(model, self._prepare_inputs(rows))
+            except RuntimeError as error:
+                if not guard.is_out_of_memory(error):
+                    raise
+            if self.engine and not self.engine.on:
+                warnings.warn(f"engine: {self.engine}", stacklevel=2)
+        with self.engine.open() if self.engine else nullcontext():
+            yield
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """Trainer's, without padding."""
+        with self._fast(model, inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def _can_cut(self, items: torch.Tensor | int | None) -> bool:
         """Whether rows can be computed apart."""
         return self._exact and items is not None
@@ -419,7 +457,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     def _pieces(self, inputs: Any, items: torch.Tensor | int | None) -> list[Any]:
         if not self._can_cut(items):
             return [inputs]
-        pieces = by_length(dict(inputs)) if self.args.device.type == "cpu" else [inputs]
+        padded = self.args.device.type == "cpu" and not (self.engine and self.engine.on)
+        pieces = by_length(dict(inputs)) if padded else [inputs]
         return [part for piece in pieces for part in guard.cut(piece, 2**self.micro_batch_halvings)]
 
     def _add(self, model: nn.Module, pieces: list[Any], items: torch.Tensor | int | None) -> torch.Tensor:

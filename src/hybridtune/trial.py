@@ -139,6 +139,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         callbacks=list(setting.callbacks),
         strategy=strategy,
         base=start.base,
+        engine=setting.recipe.engine,
         manifest={
             "task": setting.task.state(),
             "max_length": setting.limit,

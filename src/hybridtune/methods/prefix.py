@@ -12,17 +12,16 @@ of the block that calls it and goes on to the implementation that the model had.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers import PreTrainedModel
 
+from .. import interface
 from ..anatomy import Part
 from ..errors import MethodError
 from ..layers import Block
@@ -98,7 +97,7 @@ def attention(
         key, value: [batch, key heads, keys, head width].
         attention_mask: [batch or 1, heads or 1, queries, keys], True or 0 where a key is seen; None where all are.
     """
-    inner = _inner(module)
+    inner = interface.inner(module, MARK)
     prefix = getattr(module, CHILD, None)
     if not isinstance(prefix, Prefix):
         return inner(module, query, key, value, attention_mask, **kwargs)
@@ -115,18 +114,14 @@ def attention(
     return inner(module, query, key, value, attention_mask, **kwargs | {"is_causal": False})
 
 
-def _mask(build: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+def _mask(**asked: Any) -> torch.Tensor | None:
     """A mask function for the interface: a causal mask is always built, since scores are no square any more."""
-
-    def built(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-        return build(*args, **kwargs | {"allow_is_causal_skip": False})
-
-    return built
+    asked["allow_is_causal_skip"] = False
+    return interface.inner_mask(asked["config"]._attn_implementation, MARK)(**asked)
 
 
-for _name, _build in (("sdpa", sdpa_mask), ("eager", eager_mask)):
-    AttentionInterface.register(MARK + _name, attention)
-    AttentionMaskInterface.register(MARK + _name, _mask(_build))
+for _name in ("sdpa", "eager"):
+    interface.register(MARK + _name, attention, _mask)
 
 
 def learning_rate(part: Part, width: int) -> float:
@@ -207,25 +202,12 @@ def _in_front(learned: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return torch.cat([split.expand(batch, -1, -1, -1), own], dim=2)
 
 
-def _inner(module: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """The implementation that the module would have called; a model's file may have one of its own."""
-    name, file = _implementation(module).removeprefix(MARK), sys.modules[type(module).__module__]
-    found: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-    found = file.eager_attention_forward if name == "eager" else file.ALL_ATTENTION_FUNCTIONS[name]
-    return found
-
-
 def _causal(module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether no mask means a causal one, as transformers' sdpa has it."""
-    if _implementation(module) != f"{MARK}sdpa" or query.shape[2] == 1:
+    if not interface.name_of(module).endswith(f"{MARK}sdpa") or query.shape[2] == 1:
         return False
     given = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True) if given is None else given)
-
-
-def _implementation(module: nn.Module) -> str:
-    """Name of the attention implementation that a module calls."""
-    return str(getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager")
 
 
 def _switch_on(model: PreTrainedModel, part: Part, owners: Iterable[str]) -> None:
@@ -235,7 +217,7 @@ def _switch_on(model: PreTrainedModel, part: Part, owners: Iterable[str]) -> Non
         MethodError: an owner does not use the interface, or its implementation is none that can be built upon.
     """
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(module.config, _implementation(module).removeprefix(MARK)) for module in models]
+    before = [(module.config, interface.name_of(module).removeprefix(MARK)) for module in models]
     for _, name in before:
         if name not in ("sdpa", "eager"):
             raise MethodError(
@@ -250,9 +232,9 @@ def _switch_on(model: PreTrainedModel, part: Part, owners: Iterable[str]) -> Non
             config._attn_implementation = MARK + name
     for path in owners:
         owner, around = model.get_submodule(path), _around(model, path)
-        if hasattr(owner, "config") and _implementation(around).startswith(MARK):
+        if hasattr(owner, "config") and interface.name_of(around).startswith(MARK):
             # one of its own, where EncoderDecoderModel has swapped its models' configs
-            owner.config._attn_implementation = MARK + _implementation(owner).removeprefix(MARK)
+            owner.config._attn_implementation = MARK + interface.name_of(owner).removeprefix(MARK)
         else:
             if not any(isinstance(module, Prefix) for module in model.modules()):
                 _switch_off(model)
@@ -261,7 +243,7 @@ def _switch_on(model: PreTrainedModel, part: Part, owners: Iterable[str]) -> Non
 
 def _switch_off(model: PreTrainedModel) -> None:
     """Gives every config the implementation back that it had."""
-    own = [module.config for module in model.modules() if _implementation(module).startswith(MARK)]
+    own = [module.config for module in model.modules() if interface.name_of(module).startswith(MARK)]
     for config, name in [(config, config._attn_implementation.removeprefix(MARK)) for config in own]:
         config._attn_implementation = name
 

@@ -1,0 +1,116 @@
+"""Attention over a packed row: every row sees itself and no other.
+
+What the model would have called (sdpa, eager, the prefixes around them) is called for each group of rows of one length,
+without padding and so without a padding mask. Causality, windows and biases stay its own business: the group's mask is
+made by the same function, and only where the model asked for one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from .. import interface
+from .layout import Layout
+
+MARK = "hybridtune_packed_"
+
+
+@dataclass
+class Mask:
+    """What a model asked its mask function for, kept until attention knows its groups.
+
+    Attributes:
+        keys: layout of the keys that it is about.
+        asked: arguments of the mask function.
+        queries: layout of the queries: the keys' own, but in cross-attention.
+    """
+
+    keys: Layout
+    asked: dict[str, Any]
+    queries: Layout
+    _made: dict[int, torch.Tensor | None] = field(default_factory=dict)
+
+    def with_queries(self, queries: Layout) -> Mask:
+        """The mask of cross-attention, where rows go in pairs."""
+        return Mask(self.keys.apart, self.asked, queries.apart)
+
+    def pairs(self) -> list[int]:
+        """For every group of queries the number of the group of keys that has the same rows."""
+        numbers = {group.rows: number for number, group in enumerate(self.keys.groups)}
+        return [numbers[group.rows] for group in self.queries.groups]
+
+    def of(self, query: int, key: int) -> torch.Tensor | None:
+        """The mask of a group of queries over a group of keys, as the model's own implementation wants it."""
+        if query not in self._made:
+            queries, keys = self.queries.groups[query], self.keys.groups[key]
+            sizes = {"batch_size": len(keys.rows), "q_length": queries.length, "kv_length": keys.length}
+            more = {"attention_mask": None, "mask_function": self._function(query, key)}
+            self._made[query] = self.build(self.asked | sizes | more)
+        return self._made[query]
+
+    def whole(self) -> torch.Tensor | None:
+        """The mask that the model asked for, of the padded batch."""
+        return self.build(self.asked)
+
+    @staticmethod
+    def build(asked: dict[str, Any]) -> torch.Tensor | None:
+        """Calls the function that the model's own implementation makes masks with."""
+        return interface.inner_mask(asked["config"]._attn_implementation, MARK)(**asked)
+
+    def _function(self, query: int, key: int) -> Any:
+        """Says which key a query sees; what is no plain relation of two places is asked for those in the batch."""
+        function = self.asked["mask_function"]
+        if function in (causal_mask_function, bidirectional_mask_function):
+            return function
+        rows = torch.tensor(self.keys.groups[key].rows, device=self.keys.index.device)
+        before, after = self.queries.columns[query], self.keys.columns[key]
+        return lambda batch, head, q, k: function(rows[batch], head, before[batch, q], after[batch, k])
+
+
+def of(mask: Any) -> Mask | None:
+    """What an attention mask stands for, where it is one of ours."""
+    found: Mask | None = getattr(mask, "_hybridtune", None)
+    return found
+
+
+def carry(mask: Mask, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that a model hands down to its attention as it would its own mask."""
+    tensor._hybridtune = mask  # type: ignore[attr-defined]
+    return tensor
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An attention implementation: what the model had, group by group.
+
+    Args:
+        module: the attention module that calls.
+        query: [1, heads, tokens, head width], packed; of a batch that is not packed as usual.
+        key, value: [1, key heads, tokens, head width].
+        attention_mask: carries a `Mask`; another one is handed on.
+    """
+    inner, mask = interface.inner(module, MARK), of(attention_mask)
+    if mask is None:
+        return inner(module, query, key, value, attention_mask, **kwargs)
+    bias = kwargs.pop("position_bias", None)
+    queries = mask.queries.split(query, 2)
+    keys, values = (mask.keys.split(tensor, 2) for tensor in (key, value))
+    results = []
+    for number, at in enumerate(mask.pairs()):
+        q, k, v = queries[number], keys[at], values[at]
+        if bias is not None:
+            kwargs["position_bias"] = bias[:, :, : q.shape[2], : k.shape[2]]
+        found, _ = inner(module, q, k, v, mask.of(number, at), **kwargs)
+        results.append(found.reshape(1, -1, *found.shape[2:]))
+    return torch.cat(results, dim=1), None

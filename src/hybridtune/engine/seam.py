@@ -1,0 +1,153 @@
+"""The seam: padding is taken out just before a stack's first layer and put back after its last.
+
+Between the two, hidden states are one packed row [1, tokens, width], so that no layer computes padding; embeddings,
+poolers, heads and the search for the last token see padded batches as ever. It works on any transformers model whose
+masks and attention go through transformers' interfaces, and knows none by name: hooks pack what a layer is given, and
+`attention.attention` keeps rows apart. What a model's masks look like is not seen before it runs: `check.py` says
+whether all this holds for a model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import interface
+from ..layers import Stack
+from .attention import MARK, Mask, attention, carry, of
+from .layout import Layout
+
+
+class Seam:
+    """Runs a model without padding while `open()` is entered; outside, the model is as it was.
+
+    Args:
+        model: any transformers model.
+        stacks: its stacks of layers.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
+        self.model = model
+        self.stacks = [_Stack([model.get_submodule(name) for name in stack.layers]) for stack in stacks]
+        self._modules = list(model.modules())
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Switches the model over: for forwards and, where layers are computed again in them, their backwards."""
+        configs = interface.configs(self._modules)
+        names = [config._attn_implementation for config in configs]
+        caches = [getattr(config, "use_cache", None) for config in configs]
+        with ExitStack() as undo:
+            undo.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            for stack in self.stacks:
+                stack.hook(undo)
+            for config, name, cache in zip(configs, names, caches, strict=True):
+                undo.callback(_set, config, name, cache)
+                interface.register(f"{MARK}{name or 'eager'}", attention, _mask)
+                _set(config, f"{MARK}{name or 'eager'}", None if cache is None else False)  # no keys of packed rows
+            yield
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Layers that are to be looked into are run padded, as what looks at them expects."""
+        looked_into = any(kwargs.get(f"output_{what}") for what in ("hidden_states", "attentions"))
+        for stack in self.stacks:
+            stack.layout, stack.off = None, looked_into
+
+    @property
+    def reached(self) -> bool:
+        """Whether the last forward was packed, in every stack."""
+        return all(stack.layout is not None for stack in self.stacks)
+
+
+def _set(config: Any, name: str | None, cache: bool | None) -> None:
+    config._attn_implementation_internal = name  # its setter would change the configs inside it too
+    if hasattr(config, "use_cache"):
+        config.use_cache = cache
+
+
+class _Stack:
+    """The layers of one stack, and where the tokens of the batch that is in it lie (None: it is not packed)."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
+        self.names = list(inspect.signature(layers[0].forward).parameters)
+        self.biases = [module for layer in layers for module in layer.modules() if hasattr(module, "compute_bias")]
+        self.layout: Layout | None = None
+        self.off = False
+
+    def hook(self, undo: ExitStack) -> None:
+        for layer in self.layers:
+            undo.callback(layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+        undo.callback(self.layers[-1].register_forward_hook(self._leave).remove)
+        for module in self.biases:
+            undo.callback(delattr, module, "compute_bias")
+            module.compute_bias = partial(self._bias, module.compute_bias)  # type: ignore[assignment]
+
+    def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
+        """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
+        longest = self.layout.longest if self.layout else query_length
+        return own(min(query_length, longest), min(key_length, longest), **kwargs)
+
+    def _enter(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Packs what a layer is given."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        masks = {name: found for name, value in given.items() if (found := of(value))}
+        own = next((mask for name, mask in masks.items() if not _from_encoder(name)), None)
+        other = next((mask for name, mask in masks.items() if _from_encoder(name)), None)
+        if own is None:
+            return None
+        if self.off:
+            return tuple(_whole(value) for value in args), {name: _whole(value) for name, value in kwargs.items()}
+        self.layout = own.keys
+
+        def packed(name: str, value: Any) -> Any:
+            if name == self.names[0] and layer is not self.layers[0]:
+                return value  # the layer before has given it
+            if of(value):
+                crossed = other is not None and _from_encoder(name)
+                return carry(other.with_queries(own.keys), value.detach()) if crossed else value  # type: ignore[union-attr]
+            layout = (other.keys if other else None) if _from_encoder(name) else own.keys
+            return layout.pack(value) if layout else value
+
+        return (
+            tuple(packed(name, value) for name, value in zip(self.names, args, strict=False)),
+            {name: packed(name, value) for name, value in kwargs.items()},
+        )
+
+    def _leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        """Pads what the last layer gives."""
+        if self.layout is None:
+            return output
+        if isinstance(output, tuple):
+            return (self.layout.unpack(output[0]), *output[1:])
+        return self.layout.unpack(output)
+
+
+def _from_encoder(name: str) -> bool:
+    """Whether a decoder layer's argument is about the encoder's tokens, by transformers' names."""
+    return name.startswith("encoder_")
+
+
+def _whole(value: Any) -> Any:
+    """A layer's argument as it is without a seam."""
+    mask = of(value)
+    return mask.whole() if mask else value
+
+
+def _mask(**asked: Any) -> torch.Tensor | None:
+    """A mask function: keeps what is asked for; where keys come from a cache, the model's own answers."""
+    mask = asked.get("attention_mask")
+    if asked.get("q_offset") or asked.get("kv_offset") or (mask is not None and mask.shape[1] != asked["kv_length"]):
+        return Mask.build(asked)
+    if mask is None:
+        mask = torch.ones(asked["batch_size"], asked["kv_length"], dtype=torch.bool, device=asked["device"])
+    layout = Layout.of(mask)
+    return carry(Mask(layout, asked, layout), mask.detach())

@@ -1,0 +1,278 @@
+"""Running without padding: logits and gradients of every architecture, packed against padded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, TrainingArguments
+
+from hybridtune import engine, methods
+from hybridtune.anatomy import Anatomy
+from hybridtune.compose import Assembly
+from hybridtune.engine.layout import Layout
+from hybridtune.engine.seam import Seam
+from hybridtune.layers import find_stacks
+from hybridtune.recipe import Stage
+from hybridtune.train import HybridTrainer
+
+LENGTHS = (5, 9, 9, 3, 12)
+# DeBERTa computes its attention itself; there the seam stays off.
+ON = [name for name in tiny.CLASSIFIERS if name != "deberta-v2"]
+
+
+def padded(side: str = "right", lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of different lengths that end with the end token."""
+    pick, width = torch.Generator().manual_seed(seed), max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in zip(ids, lengths, strict=True):
+        text = torch.randint(4, 30, (length,), generator=pick)
+        text[0], text[-1] = 2, 3
+        row[width - length :] = text if side == "left" else row[width - length :]
+        row[:length] = text if side == "right" else row[:length]
+    return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+
+
+def target() -> dict[str, torch.Tensor]:
+    ids = padded(lengths=(4, 3, 4, 2, 6), seed=1)
+    return {f"decoder_{key}": value for key, value in ids.items()}
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    tiny.shake(model.parameters(), by=0.2)
+    return model.eval()
+
+
+def seam_of(model: nn.Module) -> Seam:
+    return Seam(model, find_stacks(dict(model.named_modules())))
+
+
+def answer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits where tokens are, and the gradients of their squares' mean."""
+    model.zero_grad()
+    logits = model(**batch).logits
+    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+    if logits.dim() == 3:
+        logits = logits[mask.bool()]
+    (logits**2).mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check_equal(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """In float64, though some norms compute in float32 whatever comes in."""
+    model.double()
+    expected, gradients = answer(model, batch)
+    seam = seam_of(model)
+    with seam.open():
+        found, packed_gradients = answer(model, batch)
+        assert seam.reached
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == packed_gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-6, atol=1e-6 * largest, msg=name)
+    again, _ = answer(model, batch)
+    assert torch.equal(again, expected), "the seam is closed, the model is as it was"
+
+
+@pytest.mark.parametrize("name", ON)
+def test_a_classifier_gives_the_same(name: str) -> None:
+    check_equal(shaken(tiny.classifier(name)), padded())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", tiny.CAUSAL)
+def test_a_decoder_gives_the_same(name: str, side: str) -> None:
+    check_equal(tiny.language_model(name), padded(side))
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "all seen"])
+@pytest.mark.parametrize("name", [*tiny.SEQ2SEQ, "encoder-decoder"])
+def test_an_encoder_decoder_gives_the_same(name: str, masked: bool) -> None:
+    model = shaken(tiny.encoder_decoder()) if name == "encoder-decoder" else tiny.language_model(name)
+    more = target()
+    if not masked:
+        more = {"decoder_input_ids": more["decoder_input_ids"].clamp(min=4), "decoder_attention_mask": None}
+        more["decoder_attention_mask"] = torch.ones_like(more["decoder_input_ids"])
+    check_equal(model, padded() | more)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2"])
+def test_either_implementation_is_wrapped(name: str, implementation: str) -> None:
+    check_equal(shaken(tiny.classifier(name, attn_implementation=implementation)), padded())
+
+
+def test_sliding_windows_are_kept() -> None:
+    """Windows shorter than the rows: ModernBERT looks to both sides, Qwen3 back."""
+    long = padded(lengths=(40, 25, 31))
+    check_equal(shaken(tiny.classifier("modernbert", local_attention=6, global_attn_every_n_layers=2)), long)
+    qwen = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    model = shaken(tiny.classifier("qwen3", **qwen))
+    assert "sliding_attention" in model.config.layer_types
+    check_equal(model, long)
+
+
+def test_padding_in_the_middle_and_empty_rows() -> None:
+    batch = padded()
+    batch["attention_mask"][1, 4] = 0
+    batch["attention_mask"][3] = torch.tensor([1] + [0] * 11)
+    check_equal(shaken(tiny.classifier("bert")), batch)
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "options"),
+    [
+        ("lora", "layers", {"r": 2}),
+        ("lora", "layers", {"r": 2, "use_dora": True}),
+        ("adapter", "layers", {"bottleneck": 4}),
+        ("adapter", "layers", {"bottleneck": 4, "mode": "parallel"}),
+        ("ia3", "layers", {}),
+        ("prompt", "embeddings", {"num_virtual_tokens": 3}),
+        ("prefix", "layers", {"num_virtual_tokens": 3}),
+    ],
+)
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama", "gpt2", "t5", "bart"])
+def test_every_method_gives_the_same(name: str, method: str, part: str, options: dict[str, Any]) -> None:
+    model = shaken(tiny.classifier(name))
+    found = methods.load(method)
+    assembly = Assembly(model, Anatomy(model))
+    names = found.attach(model, assembly.anatomy.part(part), methods.options_of(found, options))
+    tiny.shake((model.get_parameter(name) for name in names), by=0.3)
+    check_equal(model.eval(), padded())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_no_row_sees_another(name: str) -> None:
+    model, first, second = shaken(tiny.classifier(name)), padded(), padded()
+    second["input_ids"][2, 3] = 31
+    with torch.no_grad(), seam_of(model).open():
+        before, after = model(**first).logits, model(**second).logits
+    assert torch.equal(before[[0, 1, 3, 4]], after[[0, 1, 3, 4]])
+    assert not torch.allclose(before[2], after[2])
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_layers_that_are_computed_again_give_the_same(name: str) -> None:
+    """Gradient checkpointing runs the layers once more in the backward."""
+    model = shaken(tiny.classifier(name, **({} if name == "t5" else {"attention_dropout": 0.0})))
+    batch = padded()
+    _, expected = answer(model, batch)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key in ("dropout", "attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with seam_of(model).open():
+        _, found = answer(model, batch)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_who_looks_into_layers_sees_padded_ones() -> None:
+    model, batch = shaken(tiny.classifier("bert")), padded()
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True)
+        with seam_of(model).open():
+            found = model(**batch, output_hidden_states=True)
+    for one, other in zip(expected.hidden_states, found.hidden_states, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_as_many_tokens_as_the_batch_is_wide(name: str) -> None:
+    """A packed row must not be taken for a padded one."""
+    wide = {key: nn.functional.pad(value, (0, 5)) for key, value in padded(lengths=(5, 7)).items()}
+    assert wide["attention_mask"].sum() == wide["attention_mask"].shape[1] == 12
+    check_equal(shaken(tiny.classifier(name)), wide)
+
+
+def test_layout_against_a_loop() -> None:
+    """Packing and padding against the plainest code, with padding anywhere."""
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    layout, values = Layout.of(mask), torch.randn(5, 4, 3)
+    lengths = [max(int(row.sum()), 1) for row in mask]
+    order = sorted(range(5), key=lambda row: lengths[row])
+    mask[4, 0] = True  # a row without tokens keeps one
+    expected = torch.cat([values[row][mask[row]] for row in order])
+    assert torch.equal(layout.pack(values)[0], expected)
+    assert torch.equal(layout.unpack(layout.pack(values)), values * mask.unsqueeze(-1))
+    assert [(group.rows, group.length) for group in layout.groups] == [((4,), 1), ((0, 2), 2), ((1,), 3), ((3,), 4)]
+    assert layout.longest == 4
+
+
+def trained(name: str, folder: Path, asked: str) -> tuple[HybridTrainer, list[float]]:
+    model = shaken(tiny.classifier(name))
+    model._hybridtune_new = ()
+    rules = [{"part": "layers", "method": "lora", "r": 2}, {"part": "head", "method": "full"}]
+    arguments = TrainingArguments(
+        str(folder), max_steps=4, per_device_train_batch_size=8, report_to=[], use_cpu=True, logging_steps=1,
+        eval_strategy="epoch", disable_tqdm=True, seed=1,
+    )  # fmt: skip
+    trainer = HybridTrainer(
+        model,
+        arguments,
+        train_dataset=tiny.rows(32),
+        eval_dataset=tiny.rows(10, seed=1),
+        data_collator=DataCollatorWithPadding(tiny.tokenizer()),
+        strategy=[Stage.model_validate({"rules": rules})],
+        engine=asked,  # type: ignore[arg-type]
+    )
+    for module in trainer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    trainer.model.config.attention_dropout = trainer.model.config.attention_probs_dropout_prob = 0.0
+    for module in trainer.model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    trainer.train()
+    return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_a_training_gives_the_same_with_it_and_without(tmp_path: Path) -> None:
+    on, fast = trained("bert", tmp_path / "on", "auto")
+    off, plain = trained("bert", tmp_path / "off", "off")
+    assert on.engine is not None
+    assert on.engine.on
+    assert off.engine is not None
+    assert not off.engine.on
+    assert fast == pytest.approx(plain, abs=2e-4)
+
+
+def test_where_it_cannot_be_on_the_run_says_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="engine: rows with padding: its attention does not go through transformers'"):
+        trainer, _ = trained("deberta-v2", tmp_path, "auto")
+    assert trainer.engine is not None
+    assert not trainer.engine.on
+
+
+def test_a_model_that_gives_other_logits_is_left_alone() -> None:
+    """One whose layers look at the neighbours: packed, the neighbour may be another row's."""
+    model = shaken(tiny.classifier("bert"))
+    model.bert.encoder.layer[1].output.register_forward_hook(lambda module, args, out: out + out.roll(1, dims=1))
+    found = engine.start(model, engine.sample(padded()))
+    assert not found.on
+    assert "other logits" in found.reason
+
+
+def test_random_layers_are_no_case_for_it() -> None:
+    model = shaken(tiny.classifier("bart", encoder_layerdrop=0.1))
+    assert engine.start(model, engine.sample(padded())).reason == "it leaves out layers at random (encoder_layerdrop)"
+
+
+def test_rows_of_one_length_are_no_sample() -> None:
+    assert engine.sample(padded(lengths=(5, 5, 5))) is None
+    rows = engine.sample(padded())
+    assert rows is not None
+    assert sorted(rows["attention_mask"].sum(1).tolist())[::3] == [3, 12]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engine.start(shaken(tiny.classifier("bert")), rows).on
