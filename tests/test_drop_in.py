@@ -194,6 +194,24 @@ class TestSaved:
         with pytest.raises(MethodError, match="already"):
             third.add_adapter("another")
 
+    def test_training_goes_on_for_as_long_as_it_is_told_to(self, body: Path, tmp_path: Path) -> None:
+        """The rules are those of the last stage; its length and batch are not."""
+        stage = {"rules": [{"part": "head", "method": "full"}], "num_train_epochs": 2, "per_device_train_batch_size": 4}
+        model = AutoModelForSequenceClassification.from_pretrained(body, num_labels=3)
+        rows = tiny.rows(16, labels=3)
+        first = Trainer(
+            model,
+            TrainingArguments(str(tmp_path / "first"), use_cpu=True, disable_tqdm=True, report_to="none"),
+            data_collator=hf.DataCollatorWithPadding(tiny.tokenizer()),
+            train_dataset=rows,
+            strategy=[stage],
+        )
+        assert first.train().global_step == 8
+        first.save_model(str(tmp_path / "final"))
+        for again in (model, AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")):
+            assert train(again, tmp_path / "more", num_train_epochs=3).state.global_step == 6
+            assert train(again, tmp_path / "more", max_steps=1).state.global_step == 1
+
     def test_resume(self, body: Path, tmp_path: Path) -> None:
         """Bit for bit, dropout on; checkpoints stand where transformers puts them."""
         found = []

@@ -175,6 +175,10 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str]]]] = {
     "after the last step": (EVALUATED | {"save_steps": 5}, [(15, "on_train_end")]),
     "accumulation": ({"save_steps": 1, "gradient_accumulation_steps": 2}, [(2, "on_step_end")]),
     "steps, not epochs": ({"save_steps": 3, "max_steps": 8, "num_train_epochs": None}, [(8, "on_train_end")]),
+    "epochs that end first": (
+        {"save_steps": 4, "max_steps": 99},
+        [(9, "on_step_end"), (15, "on_train_end")],
+    ),
     "evaluations by steps": (
         {"save_steps": 4, "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True},
         [(7, "on_step_end"), (15, "on_train_end")],

@@ -259,6 +259,34 @@ class TestStrategy:
         assert len(second) == 1
         assert trainer.args.per_device_train_batch_size == 8
 
+    @pytest.mark.parametrize(
+        ("keys", "steps", "stopped"),
+        [
+            ({"num_train_epochs": 2}, 4, "epochs"),
+            ({"max_steps": 5}, 5, "max_steps"),
+            ({"num_train_epochs": 2, "max_steps": 3}, 3, "max_steps"),
+            ({"num_train_epochs": 1, "max_steps": 3}, 2, "epochs"),
+            ({}, 1, "max_steps"),
+        ],
+    )
+    def test_a_stages_own_length_wins(self, build: Build, keys: dict[str, Any], steps: int, stopped: str) -> None:
+        """Of epochs and steps that it has both, what comes first; its schedule is of that length."""
+        trainer = build([{"rules": [HEAD], **keys}], arguments={"max_steps": 1, "num_train_epochs": 3})
+        trainer.train()
+        (folder,) = trainer.stage_folders
+        assert [line["learning_rate"] for line in log_of(folder)] == pytest.approx(
+            [1e-3 * (steps - step) / steps for step in range(steps)]
+        )
+        assert json.loads((folder / "metrics.json").read_text())["stopped"] == stopped
+
+    def test_rows_without_an_end_have_no_epochs(self, build: Build) -> None:
+        rows = Dataset.from_list(tiny.rows(16)).to_iterable_dataset()
+        arguments = {"max_steps": 4}
+        with pytest.raises(RecipeError, match=r"stage full: num_train_epochs cannot be counted[\s\S]*max_steps"):
+            build([{"rules": [HEAD], "num_train_epochs": 1}], arguments=arguments, train_dataset=rows)
+        stage = {"rules": [HEAD], "num_train_epochs": 1, "max_steps": 1}
+        assert build([stage], arguments=arguments, train_dataset=rows).train().global_step == 1
+
     def test_an_optimizer_class_of_the_users(self, build: Build) -> None:
         kinds: list[Any] = []
         trainer = build(

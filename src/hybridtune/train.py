@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput, has_length
 from transformers.utils import PushInProgress
 
 from . import checkpoint, guard, staging, tasks
@@ -62,6 +62,11 @@ class Tuned:
     assembly: Assembly
     base: Base
     strategy: Strategy
+
+    @classmethod
+    def by(cls, strategy: str, stage: Stage, assembly: Assembly, base: Base) -> Tuned:
+        """What a stage has put there. Its rules are trained on; for how long, the next trainer's arguments say."""
+        return cls(assembly, base, Strategy(name=strategy, stages=[Stage(name=stage.name, rules=stage.rules)]))
 
 
 def save_pretrained(model: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
@@ -173,6 +178,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         rules = [rule for stage in strategy.stages for rule in stage.rules]
         if self.args.world_size > 1 and any(rule.active for rule in rules):
             raise RecipeError("active: layers cannot take turns in several processes yet", mend="one process")
+        endless = self.train_dataset is not None and not has_length(self.train_dataset)
+        for stage in strategy.stages:
+            if endless and stage.num_train_epochs is not None and stage.max_steps is None:
+                raise RecipeError(
+                    f"stage {stage.name}: num_train_epochs cannot be counted, train_dataset has no length",
+                    mend="give the stage max_steps",
+                )
         if there is None and any(hasattr(module, "base_layer") for module in self.model.modules()):
             raise RecipeError(
                 "strategy: PEFT sits on the model already; a checkpoint could not name what it starts from",
@@ -298,8 +310,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if not self.in_place:
-            again = Strategy(name=stage.name or "stage", stages=[stage.model_copy(update={"previous": "keep"})])
-            self.model._hybridtune = Tuned(self.assembly, self.base, again)
+            self.model._hybridtune = Tuned.by(str(stage.name), stage, self.assembly, self.base)
             self.model.save_pretrained = MethodType(save_pretrained, self.model)
         for callback in self.callback_handler.callbacks:  # else all stages' curves lie over one another
             if isinstance(callback, TensorBoardCallback) and not self.in_place:
@@ -525,6 +536,17 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                 staging.put(temporary)
                 staging.thin_out(folder, self._limit, {target.name, f"checkpoint-{best}"})
         self.accelerator.wait_for_everyone()  # another process may want to read it
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
+        """How long the training is: of epochs and steps that a stage has both, what comes first ends it."""
+        by_steps: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)
+        stage = self._log.stage if self._log else None
+        if stage is None or stage.num_train_epochs is None or stage.max_steps is None or not has_length(dataloader):
+            return by_steps
+        without = copy.copy(args)
+        without.max_steps = -1
+        *_, steps = by_epochs = super().set_initial_training_values(without, dataloader)
+        return by_epochs if steps < stage.max_steps else by_steps
 
     def _init_training_state(
         self,
