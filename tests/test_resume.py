@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -256,6 +257,29 @@ class TestGoingOn:
         for folder in (one, two):
             assert not (folder / "metrics.json").exists()
             assert not staging.checkpoints(folder)
+
+    def test_a_users_own_copies_are_left_alone(self, build: Build) -> None:
+        """They are not gone on from unasked, not counted, not removed; asked, they are checkpoints as others are."""
+        stages = [LONG | {"save_steps": 4}]
+        whole = build(stages)
+        whole.train()
+        expected = found(whole)
+        interrupted(build, stages, 9, save_total_limit=2)
+        (folder,) = build(stages).stage_folders
+        own = [folder / name for name in ("checkpoint-best", "checkpoint-8-copy", ".checkpoint-best.tmp")]
+        for copy in own:
+            shutil.copytree(folder / "checkpoint-8", copy)
+        assert [path.name for path in staging.checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
+        with pytest.raises(KeyboardInterrupt):
+            build(stages, Stop(11), save_total_limit=2).train(resume_from_checkpoint=str(own[0]))
+        assert [path.name for path in staging.checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
+        resumed = build(stages, save_total_limit=2)
+        resumed.train(resume_from_checkpoint=True)
+        assert found(resumed) == expected
+        assert [path.name for path in staging.checkpoints(folder)] == ["checkpoint-12", "checkpoint-15"]
+        build(stages).train()
+        assert [path.name for path in staging.checkpoints(folder)] == []
+        assert all((copy / staging.STATE).is_file() for copy in own)
 
     def test_half_written_folders_are_removed(self, build: Build) -> None:
         stages = [LONG | {"save_steps": 4}]

@@ -256,7 +256,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                 staging.sweep(folder)
                 if number >= first and not self.in_place:
                     (folder / METRICS).unlink(missing_ok=True)
-                    staging.forget(folder, staging.step_of(Path(begun)) if begun and number == first else -1)
+                    staging.forget(folder, staging.saved_at(Path(begun)) if begun and number == first else -1)
         self.accelerator.wait_for_everyone()
 
     def folder_of(self, number: int, stage: Stage) -> Path:
