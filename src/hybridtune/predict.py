@@ -109,12 +109,13 @@ def logits(model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokeni
 def features(
     model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> np.ndarray:
-    """Mean of the last hidden states over a row's tokens, float32 [rows, width]."""
+    """Mean of the last hidden states over a row's own tokens, float32 [rows, width]."""
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     def pooled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden: torch.Tensor = body(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        hidden = hidden[:, -mask.shape[1] :]  # in front of it an encoder's output has the places of a soft prompt
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     return _run(model, encoded, tokenizer, batch_size, pooled)
