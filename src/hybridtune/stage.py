@@ -74,8 +74,6 @@ def arguments_of(asked: TrainingArguments, stage: Stage, folder: Path, evaluates
         arguments.metric_for_best_model = arguments.metric_for_best_model or "loss"
         if arguments.greater_is_better is None:
             arguments.greater_is_better = not arguments.metric_for_best_model.endswith("loss")
-    if arguments.load_best_model_at_end:
-        arguments.save_total_limit = arguments.save_total_limit or 1  # the best and the last
     return arguments
 
 

@@ -69,17 +69,49 @@ class Tuned:
         return cls(assembly, base, Strategy(name=strategy, stages=[Stage(name=stage.name, rules=stage.rules)]))
 
 
-def save_pretrained(model: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-    """Stands in for a tuned model's own `save_pretrained`, whose files no `from_pretrained` could read rightly."""
+def save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Stands in for a tuned model's own `save_pretrained`, whose files no `from_pretrained` could read rightly.
+
+    Args:
+        model: the model; one that nothing sits on is saved as transformers does.
+        save_directory: where to.
+        is_main_process: whether this process writes.
+        state_dict: only where nothing sits on the model.
+        push_to_hub: whether to upload it too, to the repository `repo_id`, or one that is called as the folder.
+        **kwargs: as transformers takes them.
+
+    Raises:
+        RecipeError: something is asked for that cannot be done with a delta.
+    """
     there: Tuned | None = getattr(model, "_hybridtune", None)
-    if there is None:
-        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
-    elif is_main_process:
+    if there is None or not there.assembly.attachments:
+        if is_main_process:  # an earlier delta would be read instead
+            (Path(save_directory) / checkpoint.MANIFEST).unlink(missing_ok=True)
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        return
+    undone = ["state_dict"] if state_dict is not None else []
+    undone += [key for key in ("variant", "distributed_checkpoint") if kwargs.get(key)]
+    if undone:
+        raise RecipeError(
+            f"save_pretrained: {', '.join(undone)} cannot be kept: the model is saved as a delta of its own weights",
+            found=f"{there.assembly.attachments[0]} on it",
+            mend="leave it out; put other weights into the model first, with load_state_dict",
+        )
+    if is_main_process:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         strategy = there.strategy.model_dump(mode="json", exclude_none=True)
         checkpoint.write(folder, there.assembly, there.base, strategy=strategy)
         model.config.save_pretrained(folder)
+        if push_to_hub:  # saves once more, into a folder of its own
+            model.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
 
 
 class HybridTrainer(Trainer):  # type: ignore[misc]
@@ -295,6 +327,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._asked, stage, self.folder_of(number, stage), self.eval_dataset is not None
         )
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # see _save_checkpoint
+        if self._limit is None and self.args.load_best_model_at_end and not self.in_place:
+            self._limit = 1  # the best and the last: _tidy removes what nobody asked to keep
         self.micro_batch_halvings = 0
         set_seed(self._asked.seed + number)
         if self.accelerator.mixed_precision != "no":  # a stage before has wrapped forward in autocast
@@ -582,7 +616,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self._asked.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
-        if not folder.name.startswith("checkpoint-"):
+        if folder.parent != self._aside:
             self.model.config.save_pretrained(folder)
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
