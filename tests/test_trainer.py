@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -202,6 +203,20 @@ class TestStrategy:
     def test_unknown(self, build: Build) -> None:
         with pytest.raises(RecipeError, match='did you mean "lora"'):
             build("lorra")
+
+    @pytest.mark.parametrize(
+        ("stages", "message"),
+        [
+            ([{"rules": [HEAD], "num_epochs": 1}], "unknown key stages.0.num_epochs"),
+            ([{"rules": [HEAD]}, {"rules": []}], "stages.1.rules"),
+            ([{"rules": [{"part": "head"}]}], "stages.0.rules.0.method is missing"),
+            ([], "stages"),
+        ],
+    )
+    def test_stages_that_cannot_be_read(self, build: Build, stages: list[Any], message: str) -> None:
+        """Are refused as a recipe's are."""
+        with pytest.raises(RecipeError, match=f'strategy "custom": .*{re.escape(message)}'):
+            build(stages)
 
     def test_rates_reach_the_optimizer(self, build: Build) -> None:
         """Every rule its own rate; biases and norms are not decayed."""

@@ -42,7 +42,7 @@ from .engine.microbatch import by_length, is_rows
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
 from .origin import base_of, new_of
-from .recipe import Stage, Strategy, Training, load_strategy
+from .recipe import Stage, Strategy, Training, read_strategy
 from .resolve import resolve
 from .stage import METRICS, StageLog
 
@@ -676,11 +676,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
 
 def _read(strategy: Any) -> Strategy:
-    if isinstance(strategy, Strategy):
-        return strategy
-    if isinstance(strategy, str):
-        return load_strategy(strategy)
-    return Strategy(name="custom", stages=list(strategy))
+    stages = isinstance(strategy, Sequence) and not isinstance(strategy, str)
+    return read_strategy({"stages": list(strategy)} if stages else strategy)
 
 
 def _exact_loss(model: nn.Module) -> Any:
