@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from hybridtune.active import Rotation
 from hybridtune.anatomy import Anatomy
+from hybridtune.errors import MethodError
 from hybridtune.recipe import Active, Rule
 from hybridtune.train import HybridTrainer
 
@@ -69,6 +70,15 @@ def test_random_draws_differ_by_interval_and_seed_and_repeat() -> None:
 def test_intervals_are_steps_or_a_share_of_the_stage(every: float, steps: int, expected: list[int]) -> None:
     made = rotation(tiny.classifier("bert"), layers=1, every=every)
     assert [made.interval(step, steps) for step in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("order", ["random", "cycle", "unfreeze"])
+def test_a_rule_without_layers_is_refused_before_training(order: str, tmp_path: Path) -> None:
+    rule = {"part": "head", "method": "full", "active": {"layers": 1, "every": 1, "order": order}}
+    with pytest.raises(MethodError, match=r"stage 1 \(full\): head: full: nothing .* \(active\)\n.*leave active out"):
+        HybridTrainer(
+            tiny.classifier("bert"), hf.TrainingArguments(str(tmp_path), use_cpu=True), strategy=[{"rules": [rule]}]
+        )
 
 
 class Watch(TrainerCallback):

@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import re
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from transformers import TrainerCallback
 
 import hybridtune
 from hybridtune import api, checkpoint, evaluate, predict
+from hybridtune.compare import compare
 from hybridtune.console import Console
 from hybridtune.errors import DataError, HybridtuneError, RecipeError, RunError, UserError
 from hybridtune.files import write_text
@@ -274,6 +277,27 @@ def test_load_of_what_is_no_run(tmp_path: Path, race: hybridtune.Run) -> None:
     (tmp_path / "recipe.yaml").write_text("model: m")
     with pytest.raises(RunError, match=r"not finished[\s\S]*--resume"):
         hybridtune.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda about: {key: value for key, value in about.items() if key != "task"},
+        lambda about: about | {"base": {}},
+        lambda about: about | {"task": {"name": "classification", "lables": []}},
+        lambda about: about | {"max_length": None},
+        lambda about: [about],
+    ],
+    ids=["no task", "no base", "another key", "no length", "a list"],
+)
+def test_a_damaged_description_is_named(race: hybridtune.Run, tmp_path: Path, damage: Callable[..., Any]) -> None:
+    shutil.copytree(race.folder / "model", tmp_path / "model")
+    shutil.copy(race.folder / "predictions.jsonl", tmp_path)
+    about = tmp_path / "model" / "hybridtune.json"
+    about.write_text(json.dumps(damage(json.loads(about.read_text()))))
+    for use in (lambda: hybridtune.load(tmp_path), lambda: compare(tmp_path, race.folder)):
+        with pytest.raises(RunError, match=re.escape(f"{about}: is damaged")):
+            use()
 
 
 def test_evaluate_run(race: hybridtune.Run, tmp_path: Path) -> None:

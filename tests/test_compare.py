@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import scipy.stats
 
+from hybridtune.checkpoint import Base
 from hybridtune.compare import compare
 
 TASK = {"name": "classification", "labels": ["ham", "spam"]}
@@ -17,7 +18,9 @@ TASK = {"name": "classification", "labels": ["ham", "spam"]}
 def run(folder: Path, gold: list[int], predicted: list[int]) -> Path:
     """The files of a run that are compared."""
     (folder / "model").mkdir(parents=True)
-    (folder / "model" / "hybridtune.json").write_text(json.dumps({"task": TASK}))
+    base = Base("base", None, "", "AutoModelForSequenceClassification", {})
+    about = {"task": TASK, "base": vars(base), "max_length": 64}
+    (folder / "model" / "hybridtune.json").write_text(json.dumps(about))
     (folder / "data.json").write_text(json.dumps({"splits": {"test": {"fingerprint": "same"}}}))
     lines = [
         {"row": row, "gold": right, "label": said, "stats": {"gold": right, "predicted": said}}

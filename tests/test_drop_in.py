@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +183,87 @@ class TestSaved:
         loaded = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
         assert torch.equal(logits_of(loaded), logits_of(plain))
 
+    def test_save_pretrained_and_the_hub(
+        self, trained: HybridTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`push_to_hub=True` uploads what is saved, as transformers does."""
+        said: list[Any] = []
+
+        def create_repo(name: str, **more: Any) -> SimpleNamespace:
+            said.append((name, more["private"], more["token"]))
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def create_commit(*, repo_id: str, operations: Any, commit_message: str, **_: Any) -> None:
+            for operation in operations:
+                (tmp_path / "hub" / repo_id).mkdir(parents=True, exist_ok=True)
+                shutil.copy(operation.path_or_fileobj, tmp_path / "hub" / repo_id / operation.path_in_repo)
+            said.append((repo_id, commit_message))
+
+        api = SimpleNamespace(create_repo=create_repo, create_commit=create_commit)
+        card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+        monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: api)
+        monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+        trained.model.save_pretrained(tmp_path / "mine", push_to_hub=True)
+        given = {"repo_id": "other", "commit_message": "done", "private": True, "token": "secret"}
+        trained.model.save_pretrained(tmp_path / "mine", True, None, True, **given)
+        assert said == [
+            *[("mine", None, None), ("me/mine", "Upload BertForSequenceClassification")],
+            *[("other", True, "secret"), ("me/other", "done")],
+        ]
+        for folder in (tmp_path / "mine", tmp_path / "hub" / "me" / "mine", tmp_path / "hub" / "me" / "other"):
+            again = AutoModelForSequenceClassification.from_pretrained(folder)
+            assert torch.equal(logits_of(again), logits_of(trained.model))
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("state_dict", {}), ("variant", "fp16"), ("distributed_checkpoint", True)]
+    )
+    def test_what_no_delta_can_be_saved_with(
+        self, trained: HybridTrainer, tmp_path: Path, key: str, value: Any
+    ) -> None:
+        """Is refused, not left out in silence; a plain model is saved with it."""
+        with pytest.raises(RecipeError, match=f"save_pretrained: {key} cannot be kept"):
+            trained.model.save_pretrained(tmp_path / "by model", **{key: value})
+        assert not (tmp_path / "by model").exists()
+
+    def test_a_plain_model_is_saved_with_another_state(self, model: hf.PreTrainedModel, tmp_path: Path) -> None:
+        other = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+        model.save_pretrained(tmp_path, state_dict=other)
+        assert not logits_of(AutoModelForSequenceClassification.from_pretrained(tmp_path)).any()
+
+    def test_merged_it_is_a_plain_checkpoint(self, body: Path, tmp_path: Path) -> None:
+        """Also where a delta lay before; nothing but transformers is needed to load it."""
+        model = AutoModelForSequenceClassification.from_pretrained(body, num_labels=3)
+        rules = [{"part": "layers", "method": "lora"}, {"part": "head", "method": "full"}]
+        given = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "max_steps": 2}
+        trainer = Trainer(
+            model,
+            TrainingArguments(str(tmp_path / "out"), **given),
+            data_collator=hf.DataCollatorWithPadding(tiny.tokenizer()),
+            train_dataset=tiny.rows(16, labels=3),
+            strategy=[{"rules": rules, "learning_rate": 1e-2}],
+        )
+        trainer.train()
+        model.save_pretrained(tmp_path / "plain")
+        assert (tmp_path / "plain" / "delta.safetensors").is_file()
+        expected = logits_of(model)
+        trainer.assembly.merge()
+        model.save_pretrained(tmp_path / "plain")
+        for auto in (hf.AutoModelForSequenceClassification, AutoModelForSequenceClassification):
+            assert torch.allclose(logits_of(auto.from_pretrained(tmp_path / "plain")), expected, atol=1e-6)
+
+    def test_whatever_the_folder_is_called(self, trained: HybridTrainer, tmp_path: Path) -> None:
+        """`save_model` writes all that loading takes, also where a user keeps copies beside checkpoints."""
+        trained.save_model(str(tmp_path / "out" / "checkpoint-best"))
+        files = {path.name for path in (tmp_path / "out" / "checkpoint-best").iterdir()}
+        assert {"delta.safetensors", "manifest.json", "config.json"} <= files
+
+    def test_all_checkpoints_stay_where_no_limit_is_given(self, model: hf.PreTrainedModel, tmp_path: Path) -> None:
+        """As in transformers, also where the best is kept."""
+        model.add_adapter("my_adapter", bottleneck=4)
+        each = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+        train(model, tmp_path, num_train_epochs=4, **each)
+        assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 6, 8)}
+
     def test_training_goes_on(self, trained: HybridTrainer, tmp_path: Path) -> None:
         """A reloaded model trains its adapter and head again, and saves and reloads again."""
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")
@@ -193,6 +276,24 @@ class TestSaved:
         assert torch.equal(logits_of(third), logits_of(again))
         with pytest.raises(MethodError, match="already"):
             third.add_adapter("another")
+
+    def test_training_goes_on_for_as_long_as_it_is_told_to(self, body: Path, tmp_path: Path) -> None:
+        """The rules are those of the last stage; its length and batch are not."""
+        stage = {"rules": [{"part": "head", "method": "full"}], "num_train_epochs": 2, "per_device_train_batch_size": 4}
+        model = AutoModelForSequenceClassification.from_pretrained(body, num_labels=3)
+        rows = tiny.rows(16, labels=3)
+        first = Trainer(
+            model,
+            TrainingArguments(str(tmp_path / "first"), use_cpu=True, disable_tqdm=True, report_to="none"),
+            data_collator=hf.DataCollatorWithPadding(tiny.tokenizer()),
+            train_dataset=rows,
+            strategy=[stage],
+        )
+        assert first.train().global_step == 8
+        first.save_model(str(tmp_path / "final"))
+        for again in (model, AutoModelForSequenceClassification.from_pretrained(tmp_path / "final")):
+            assert train(again, tmp_path / "more", num_train_epochs=3).state.global_step == 6
+            assert train(again, tmp_path / "more", max_steps=1).state.global_step == 1
 
     def test_resume(self, body: Path, tmp_path: Path) -> None:
         """Bit for bit, dropout on; checkpoints stand where transformers puts them."""

@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from datasets import Dataset
 from torch import nn
 
-from hybridtune import checkpoint, methods
+from hybridtune import checkpoint, methods, predict
 from hybridtune.anatomy import Anatomy
 from hybridtune.errors import MethodError, ModelError, RecipeError
 from hybridtune.methods import prompt
@@ -101,6 +102,21 @@ def test_the_body_sees_the_prompt_and_the_head_its_own_rows(architecture: str) -
         if architecture == "bert":
             logits = plain.classifier(torch.tanh(plain.bert.pooler.dense(hidden[:, COUNT])))
             close(tiny.logits(model), logits)
+
+
+@on_every_architecture
+def test_features_are_means_over_a_rows_own_tokens(architecture: str) -> None:
+    """Also where the encoder's output has the prompt's places in front."""
+    model = classifier(architecture)
+    plain, vectors = copy.deepcopy(model), attach(model)
+    body = plain.get_encoder() if model.config.is_encoder_decoder else plain.base_model
+    rows = [row | {"labels": 0} for row in tiny.rows(3)]
+    found = predict.features(model, Dataset.from_list(rows), tiny.tokenizer(), batch_size=2)
+    for row, mean in zip(rows, found, strict=True):
+        batch = {key: torch.tensor([row[key]]) for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            hidden = body(**by_hand(plain, vectors, batch)).last_hidden_state
+        np.testing.assert_allclose(mean, hidden[0, COUNT:].mean(0).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_robertas_positions_go_on_behind_the_prompt_and_skip_padding() -> None:

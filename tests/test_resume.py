@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,6 +176,10 @@ CASES: dict[str, tuple[dict[str, Any], list[tuple[int, str]]]] = {
     "after the last step": (EVALUATED | {"save_steps": 5}, [(15, "on_train_end")]),
     "accumulation": ({"save_steps": 1, "gradient_accumulation_steps": 2}, [(2, "on_step_end")]),
     "steps, not epochs": ({"save_steps": 3, "max_steps": 8, "num_train_epochs": None}, [(8, "on_train_end")]),
+    "epochs that end first": (
+        {"save_steps": 4, "max_steps": 99},
+        [(9, "on_step_end"), (15, "on_train_end")],
+    ),
     "evaluations by steps": (
         {"save_steps": 4, "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True},
         [(7, "on_step_end"), (15, "on_train_end")],
@@ -252,6 +257,29 @@ class TestGoingOn:
         for folder in (one, two):
             assert not (folder / "metrics.json").exists()
             assert not staging.checkpoints(folder)
+
+    def test_a_users_own_copies_are_left_alone(self, build: Build) -> None:
+        """They are not gone on from unasked, not counted, not removed; asked, they are checkpoints as others are."""
+        stages = [LONG | {"save_steps": 4}]
+        whole = build(stages)
+        whole.train()
+        expected = found(whole)
+        interrupted(build, stages, 9, save_total_limit=2)
+        (folder,) = build(stages).stage_folders
+        own = [folder / name for name in ("checkpoint-best", "checkpoint-8-copy", ".checkpoint-best.tmp")]
+        for copy in own:
+            shutil.copytree(folder / "checkpoint-8", copy)
+        assert [path.name for path in staging.checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
+        with pytest.raises(KeyboardInterrupt):
+            build(stages, Stop(11), save_total_limit=2).train(resume_from_checkpoint=str(own[0]))
+        assert [path.name for path in staging.checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
+        resumed = build(stages, save_total_limit=2)
+        resumed.train(resume_from_checkpoint=True)
+        assert found(resumed) == expected
+        assert [path.name for path in staging.checkpoints(folder)] == ["checkpoint-12", "checkpoint-15"]
+        build(stages).train()
+        assert [path.name for path in staging.checkpoints(folder)] == []
+        assert all((copy / staging.STATE).is_file() for copy in own)
 
     def test_half_written_folders_are_removed(self, build: Build) -> None:
         stages = [LONG | {"save_steps": 4}]

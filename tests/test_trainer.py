@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -203,6 +204,20 @@ class TestStrategy:
         with pytest.raises(RecipeError, match='did you mean "lora"'):
             build("lorra")
 
+    @pytest.mark.parametrize(
+        ("stages", "message"),
+        [
+            ([{"rules": [HEAD], "num_epochs": 1}], "unknown key stages.0.num_epochs"),
+            ([{"rules": [HEAD]}, {"rules": []}], "stages.1.rules"),
+            ([{"rules": [{"part": "head"}]}], "stages.0.rules.0.method is missing"),
+            ([], "stages"),
+        ],
+    )
+    def test_stages_that_cannot_be_read(self, build: Build, stages: list[Any], message: str) -> None:
+        """Are refused as a recipe's are."""
+        with pytest.raises(RecipeError, match=f'strategy "custom": .*{re.escape(message)}'):
+            build(stages)
+
     def test_rates_reach_the_optimizer(self, build: Build) -> None:
         """Every rule its own rate; biases and norms are not decayed."""
         found: list[dict[str, Any]] = []
@@ -258,6 +273,34 @@ class TestStrategy:
         assert {line["learning_rate"] for line in first} == {1e-3}
         assert len(second) == 1
         assert trainer.args.per_device_train_batch_size == 8
+
+    @pytest.mark.parametrize(
+        ("keys", "steps", "stopped"),
+        [
+            ({"num_train_epochs": 2}, 4, "epochs"),
+            ({"max_steps": 5}, 5, "max_steps"),
+            ({"num_train_epochs": 2, "max_steps": 3}, 3, "max_steps"),
+            ({"num_train_epochs": 1, "max_steps": 3}, 2, "epochs"),
+            ({}, 1, "max_steps"),
+        ],
+    )
+    def test_a_stages_own_length_wins(self, build: Build, keys: dict[str, Any], steps: int, stopped: str) -> None:
+        """Of epochs and steps that it has both, what comes first; its schedule is of that length."""
+        trainer = build([{"rules": [HEAD], **keys}], arguments={"max_steps": 1, "num_train_epochs": 3})
+        trainer.train()
+        (folder,) = trainer.stage_folders
+        assert [line["learning_rate"] for line in log_of(folder)] == pytest.approx(
+            [1e-3 * (steps - step) / steps for step in range(steps)]
+        )
+        assert json.loads((folder / "metrics.json").read_text())["stopped"] == stopped
+
+    def test_rows_without_an_end_have_no_epochs(self, build: Build) -> None:
+        rows = Dataset.from_list(tiny.rows(16)).to_iterable_dataset()
+        arguments = {"max_steps": 4}
+        with pytest.raises(RecipeError, match=r"stage full: num_train_epochs cannot be counted[\s\S]*max_steps"):
+            build([{"rules": [HEAD], "num_train_epochs": 1}], arguments=arguments, train_dataset=rows)
+        stage = {"rules": [HEAD], "num_train_epochs": 1, "max_steps": 1}
+        assert build([stage], arguments=arguments, train_dataset=rows).train().global_step == 1
 
     def test_an_optimizer_class_of_the_users(self, build: Build) -> None:
         kinds: list[Any] = []

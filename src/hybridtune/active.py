@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .anatomy import Anatomy
+from .errors import MethodError
 from .recipe import Active, Rule
 
 
@@ -37,13 +38,22 @@ class Rotation:
 
     @classmethod
     def of(cls, rule: Rule, number: int, names: tuple[str, ...], anatomy: Anatomy) -> Rotation:
-        """Sorts what a rule trains into layers. The embeddings count as the lowest one."""
+        """Sorts what a rule trains into layers. The embeddings count as the lowest one.
+
+        Raises:
+            MethodError: none of it lies in a layer: there is nothing to take turns.
+        """
         assert rule.active is not None
         found: dict[tuple[int, str], list[str]] = {}
         for name in names:
             depth, layer = anatomy.depth_of(name), anatomy.layer_of(name)
             if depth:
                 found.setdefault((depth, layer[0] if layer else ""), []).append(name)
+        if not found:
+            raise MethodError(
+                f"{rule}: nothing that it trains lies in a layer that could take turns (active)",
+                mend="leave active out, or name a part with layers in it",
+            )
         return cls(rule.active, number, tuple(tuple(found[key]) for key in sorted(found)))
 
     def interval(self, step: int, steps: int) -> int:

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from . import tasks
-from .checkpoint import ABOUT
+from . import predict
 from .errors import RunError
 from .files import read_json
-from .tasks import Stats
+from .tasks import Stats, Task
 from .tasks.metrics import mcnemar, paired_difference
 
 SIGNIFICANT = 0.05
@@ -79,14 +78,12 @@ def _which(second: bool) -> str:
     return "second" if second else "first"
 
 
-def _predictions(run: Path) -> tuple[tasks.Task, list[dict[str, Any]]]:
+def _predictions(run: Path) -> tuple[Task, list[dict[str, Any]]]:
     path = run / "predictions.jsonl"
     if not path.is_file():
         raise RunError(f"{run}: has no predictions.jsonl", mend="give a run that is finished")
-    about = read_json(run / "model" / ABOUT)["task"]
-    return tasks.load(about["name"]).from_state(about), [
-        json.loads(line) for line in path.read_text("utf-8").split("\n") if line
-    ]
+    task, _, _ = predict.read_about(run / "model")
+    return task, [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def _fingerprint(run: Path) -> Any:
@@ -94,7 +91,7 @@ def _fingerprint(run: Path) -> Any:
     return read_json(run / "data.json")["splits"]["test"].get("fingerprint")
 
 
-def _aligned(task: tasks.Task, lines: list[dict[str, Any]]) -> Stats:
+def _aligned(task: Task, lines: list[dict[str, Any]]) -> Stats:
     return {name: np.array([line["stats"][name] for line in lines]) for name in lines[0]["stats"]}
 
 

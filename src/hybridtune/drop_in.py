@@ -79,9 +79,8 @@ def _tuned(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     _bind(model)
     if strategy is not None:
-        last = Strategy(**strategy).stages[-1].model_copy(update={"previous": "keep"})
-        again = Strategy(name=str(strategy["name"]), stages=[last])
-        model._hybridtune = Tuned(assembly, Base(**manifest["base"]), again)  # type: ignore[assignment]
+        made = Strategy(**strategy)
+        model._hybridtune = Tuned.by(made.name, made.stages[-1], assembly, Base(**manifest["base"]))  # type: ignore[assignment]
     return model
 
 

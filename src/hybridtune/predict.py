@@ -112,12 +112,13 @@ def logits(model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokeni
 def features(
     model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> np.ndarray:
-    """Mean of the last hidden states over a row's tokens, float32 [rows, width]."""
+    """Mean of the last hidden states over a row's own tokens, float32 [rows, width]."""
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
     def pooled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden: torch.Tensor = body(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        hidden = hidden[:, -mask.shape[1] :]  # in front of it an encoder's output has the places of a soft prompt
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     return _run(model, encoded, tokenizer, batch_size, pooled)
@@ -158,7 +159,7 @@ def load(folder: Path, device: str = "auto") -> Predictor:
     """Loads what a tuning has made: a run, its `model/` folder, a delta folder, a PEFT folder or a plain checkpoint.
 
     Raises:
-        RunError: the folder is none of these.
+        RunError: the folder is none of these, or is damaged.
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no such folder", mend="`hybridtune runs` lists the runs")
@@ -171,17 +172,33 @@ def load(folder: Path, device: str = "auto") -> Predictor:
             expected=f"a folder with model/{ABOUT} or {ABOUT} in it",
             mend="finish it with --resume" if unfinished else None,
         )
-    about = read_json(home / ABOUT)
-    task = tasks.load(about["task"]["name"]).from_state(about["task"])
+    task, base, limit = read_about(home)
     if (home / checkpoint.MANIFEST).is_file():
         model: PreTrainedModel = checkpoint.load(home)[0].model
     elif (home / "adapter_config.json").is_file():
-        model = _with_peft(home, Base(**about["base"]))
+        model = _with_peft(home, base)
     else:
         model = models.load(str(home), task.auto_class, **task.model_config()).model
     tokenizer = models.load_tokenizer(str(home))
     task.prepare(model, tokenizer)
-    return Predictor(model, tokenizer, task, about["max_length"]).to(models.pick_device(device))
+    return Predictor(model, tokenizer, task, limit).to(models.pick_device(device))
+
+
+def read_about(home: Path) -> tuple[Task, Base, int]:
+    """What a model that was handed over says of itself: its task, its base, and after how many tokens rows are cut.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    told = read_json(home / ABOUT)
+    try:
+        return tasks.load(told["task"]["name"]).from_state(told["task"]), Base(**told["base"]), int(told["max_length"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{home / ABOUT}: is damaged, it does not say what hybridtune writes there",
+            found=repr(error),
+            mend="copy it again, or write it anew with `hybridtune export`",
+        ) from None
 
 
 def _with_peft(home: Path, base: Base) -> PreTrainedModel:

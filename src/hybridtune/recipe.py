@@ -269,8 +269,8 @@ class Recipe(Training):
         """
         asked = self.strategy
         if _are_stages(asked):
-            return [_strategy({"name": "custom", "stages": asked})]
-        found = [_strategy(item) for item in (asked if isinstance(asked, (list, tuple)) else [asked])]
+            return [read_strategy({"name": "custom", "stages": asked})]
+        found = [read_strategy(item) for item in (asked if isinstance(asked, (list, tuple)) else [asked])]
         if not found:
             raise RecipeError("strategy: the list is empty", mend="name at least one strategy")
         names = [strategy.name for strategy in found]
@@ -303,7 +303,7 @@ def load_strategy(name: str) -> Strategy:
     """
     if name.endswith((".yaml", ".yml")):
         tree = read_recipe(Path(name), "stages: [...]")
-        return _strategy({"name": Path(name).stem, **tree}, name)
+        return read_strategy({"name": Path(name).stem, **tree}, name)
     if name not in built_in_strategies():
         raise RecipeError(
             f"strategy: {unknown('strategy', name, built_in_strategies())}",
@@ -434,7 +434,16 @@ def _are_stages(asked: Any) -> bool:
     )
 
 
-def _strategy(asked: Any, where: str | None = None) -> Strategy:
+def read_strategy(asked: Any, where: str | None = None) -> Strategy:
+    """Reads a strategy from any of its forms.
+
+    Args:
+        asked: a `Strategy`, its name or file, its keys, or one stage.
+        where: it stands, for messages.
+
+    Raises:
+        RecipeError: there is no such strategy, or a key is unknown, missing or has a value it cannot have.
+    """
     if isinstance(asked, Strategy):
         return asked
     if isinstance(asked, (str, Path)):

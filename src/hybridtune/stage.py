@@ -53,6 +53,8 @@ def arguments_of(asked: TrainingArguments, stage: Stage, folder: Path, evaluates
                 f"stage {stage.name}: {key} cannot be {value}",
                 expected=", ".join(str(known.value) for known in type(old)),
             ) from None
+    if stage.num_train_epochs is not None and stage.max_steps is None:
+        arguments.max_steps = -1  # none: Trainer would take those asked for instead of the stage's own epochs
     arguments.output_dir = str(folder)
     arguments.logging_nan_inf_filter = False  # a loss that is no number stops the training: see guard.py
     arguments.learning_rate = max(rule.learning_rate or 0.0 for rule in stage.rules)
@@ -72,8 +74,6 @@ def arguments_of(asked: TrainingArguments, stage: Stage, folder: Path, evaluates
         arguments.metric_for_best_model = arguments.metric_for_best_model or "loss"
         if arguments.greater_is_better is None:
             arguments.greater_is_better = not arguments.metric_for_best_model.endswith("loss")
-    if arguments.load_best_model_at_end:
-        arguments.save_total_limit = arguments.save_total_limit or 1  # the best and the last
     return arguments
 
 
@@ -242,7 +242,7 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
         if self.timed_out:
             return "max_seconds"
         if state.global_step >= state.max_steps:
-            return "max_steps" if args.max_steps > 0 else "epochs"
+            return "max_steps" if state.max_steps == args.max_steps else "epochs"
         counters = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         patient = all(c.early_stopping_patience_counter < c.early_stopping_patience for c in counters)
         return "callback" if patient else "early_stopping"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import disk_errors
+from .files import disk_errors, read_json
 
 STATE = "trainer_state.json"  # the file that Trainer writes last
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -20,14 +20,24 @@ _ASIDE = ".{}.tmp"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was saved at; -1 for other folders."""
+    """The step in a checkpoint's name; -1 for other folders."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
+def saved_at(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved at, also of a copy under another name.
+
+    Raises:
+        RunError: it is not whole.
+    """
+    return int(read_json(checkpoint / STATE)["global_step"])
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, the oldest first."""
-    return sorted((found for found in folder.glob("checkpoint-*") if (found / STATE).is_file()), key=step_of)
+    """The whole checkpoints of a folder, the oldest first; copies that a user has made under other names are none."""
+    found = (path for path in folder.glob("checkpoint-*") if step_of(path) >= 0 and (path / STATE).is_file())
+    return sorted(found, key=step_of)
 
 
 @contextmanager
@@ -97,14 +107,15 @@ def thin_out(folder: Path, limit: int | None, protected: set[str]) -> None:
 def forget(folder: Path, after: int = -1) -> None:
     """Removes the checkpoints of later steps, which belong to an earlier attempt."""
     for checkpoint in folder.glob("checkpoint-*"):
-        if step_of(checkpoint) > after:
+        if step_of(checkpoint) > after:  # a user's own has none
             remove(checkpoint)
 
 
 def sweep(folder: Path) -> None:
     """Removes what a process that was killed has left half written."""
     for left in folder.glob(_ASIDE.format("checkpoint-*")):
-        shutil.rmtree(left)
+        if _NAME.fullmatch(left.stem.removeprefix(".")):
+            shutil.rmtree(left)
 
 
 def _sync(path: Path) -> None:

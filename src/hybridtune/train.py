@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput, has_length
 from transformers.utils import PushInProgress
 
 from . import checkpoint, engine, guard, staging, tasks
@@ -43,7 +43,7 @@ from .engine.microbatch import by_length, is_rows
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
 from .origin import base_of, new_of
-from .recipe import Stage, Strategy, Training, load_strategy
+from .recipe import Stage, Strategy, Training, read_strategy
 from .resolve import resolve
 from .stage import METRICS, StageLog
 
@@ -64,18 +64,55 @@ class Tuned:
     base: Base
     strategy: Strategy
 
+    @classmethod
+    def by(cls, strategy: str, stage: Stage, assembly: Assembly, base: Base) -> Tuned:
+        """What a stage has put there. Its rules are trained on; for how long, the next trainer's arguments say."""
+        return cls(assembly, base, Strategy(name=strategy, stages=[Stage(name=stage.name, rules=stage.rules)]))
 
-def save_pretrained(model: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-    """Stands in for a tuned model's own `save_pretrained`, whose files no `from_pretrained` could read rightly."""
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Stands in for a tuned model's own `save_pretrained`, whose files no `from_pretrained` could read rightly.
+
+    Args:
+        model: the model; one that nothing sits on is saved as transformers does.
+        save_directory: where to.
+        is_main_process: whether this process writes.
+        state_dict: only where nothing sits on the model.
+        push_to_hub: whether to upload it too, to the repository `repo_id`, or one that is called as the folder.
+        **kwargs: as transformers takes them.
+
+    Raises:
+        RecipeError: something is asked for that cannot be done with a delta.
+    """
     there: Tuned | None = getattr(model, "_hybridtune", None)
-    if there is None:
-        type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
-    elif is_main_process:
+    if there is None or not there.assembly.attachments:
+        if is_main_process:  # an earlier delta would be read instead
+            (Path(save_directory) / checkpoint.MANIFEST).unlink(missing_ok=True)
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        return
+    undone = ["state_dict"] if state_dict is not None else []
+    undone += [key for key in ("variant", "distributed_checkpoint") if kwargs.get(key)]
+    if undone:
+        raise RecipeError(
+            f"save_pretrained: {', '.join(undone)} cannot be kept: the model is saved as a delta of its own weights",
+            found=f"{there.assembly.attachments[0]} on it",
+            mend="leave it out; put other weights into the model first, with load_state_dict",
+        )
+    if is_main_process:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         strategy = there.strategy.model_dump(mode="json", exclude_none=True)
         checkpoint.write(folder, there.assembly, there.base, strategy=strategy)
         model.config.save_pretrained(folder)
+        if push_to_hub:  # saves once more, into a folder of its own
+            model.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
 
 
 class HybridTrainer(Trainer):  # type: ignore[misc]
@@ -178,6 +215,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         rules = [rule for stage in strategy.stages for rule in stage.rules]
         if self.args.world_size > 1 and any(rule.active for rule in rules):
             raise RecipeError("active: layers cannot take turns in several processes yet", mend="one process")
+        endless = self.train_dataset is not None and not has_length(self.train_dataset)
+        for stage in strategy.stages:
+            if endless and stage.num_train_epochs is not None and stage.max_steps is None:
+                raise RecipeError(
+                    f"stage {stage.name}: num_train_epochs cannot be counted, train_dataset has no length",
+                    mend="give the stage max_steps",
+                )
         if there is None and any(hasattr(module, "base_layer") for module in self.model.modules()):
             raise RecipeError(
                 "strategy: PEFT sits on the model already; a checkpoint could not name what it starts from",
@@ -249,7 +293,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                 staging.sweep(folder)
                 if number >= first and not self.in_place:
                     (folder / METRICS).unlink(missing_ok=True)
-                    staging.forget(folder, staging.step_of(Path(begun)) if begun and number == first else -1)
+                    staging.forget(folder, staging.saved_at(Path(begun)) if begun and number == first else -1)
         self.accelerator.wait_for_everyone()
 
     def folder_of(self, number: int, stage: Stage) -> Path:
@@ -288,6 +332,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._asked, stage, self.folder_of(number, stage), self.eval_dataset is not None
         )
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # see _save_checkpoint
+        if self._limit is None and self.args.load_best_model_at_end and not self.in_place:
+            self._limit = 1  # the best and the last: _tidy removes what nobody asked to keep
         self.micro_batch_halvings = 0
         set_seed(self._asked.seed + number)
         if self.accelerator.mixed_precision != "no":  # a stage before has wrapped forward in autocast
@@ -303,8 +349,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if not self.in_place:
-            again = Strategy(name=stage.name or "stage", stages=[stage.model_copy(update={"previous": "keep"})])
-            self.model._hybridtune = Tuned(self.assembly, self.base, again)
+            self.model._hybridtune = Tuned.by(str(stage.name), stage, self.assembly, self.base)
             self.model.save_pretrained = MethodType(save_pretrained, self.model)
         for callback in self.callback_handler.callbacks:  # else all stages' curves lie over one another
             if isinstance(callback, TensorBoardCallback) and not self.in_place:
@@ -565,6 +610,17 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                 staging.thin_out(folder, self._limit, {target.name, f"checkpoint-{best}"})
         self.accelerator.wait_for_everyone()  # another process may want to read it
 
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple[Any, ...]:
+        """How long the training is: of epochs and steps that a stage has both, what comes first ends it."""
+        by_steps: tuple[Any, ...] = super().set_initial_training_values(args, dataloader)
+        stage = self._log.stage if self._log else None
+        if stage is None or stage.num_train_epochs is None or stage.max_steps is None or not has_length(dataloader):
+            return by_steps
+        without = copy.copy(args)
+        without.max_steps = -1
+        *_, steps = by_epochs = super().set_initial_training_values(without, dataloader)
+        return by_epochs if steps < stage.max_steps else by_steps
+
     def _init_training_state(
         self,
         max_steps: Any,
@@ -599,7 +655,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self._asked.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder)
-        if not folder.name.startswith("checkpoint-"):
+        if folder.parent != self._aside:
             self.model.config.save_pretrained(folder)
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
@@ -659,11 +715,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
 
 def _read(strategy: Any) -> Strategy:
-    if isinstance(strategy, Strategy):
-        return strategy
-    if isinstance(strategy, str):
-        return load_strategy(strategy)
-    return Strategy(name="custom", stages=list(strategy))
+    stages = isinstance(strategy, Sequence) and not isinstance(strategy, str)
+    return read_strategy({"stages": list(strategy)} if stages else strategy)
 
 
 def _exact_loss(model: nn.Module) -> Any:

@@ -48,7 +48,7 @@ def of_texts(
         cases.append(
             (
                 "frozen features",
-                "mean of the untuned model's last hidden states, logistic regression (C = 1)",
+                "mean of the last hidden states of the model as it was given, logistic regression (C = 1)",
                 LogisticRegression(max_iter=1000),
                 *map(scaler.transform, features),
             )
