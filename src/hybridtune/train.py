@@ -38,7 +38,7 @@ from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition, rehearse
-from .engine import Engine
+from .engine import Caches, Engine
 from .engine.microbatch import by_length, is_rows
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
@@ -130,7 +130,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             otherwise every method takes its own.
         base: what the model was loaded from; found out from the model where not given.
         manifest: what the manifests of checkpoints should say besides.
-        engine: "auto" runs rows without padding where the model proves to give the same so; "off" as Trainer does.
+        engine: "auto" runs rows without padding, and layers below all that is trained once a row, where the model
+            proves to give the same so; "off" as Trainer does.
+        caches: what frozen layers give, kept beyond this training for others on the same data.
         **kwargs: as Trainer takes them.
 
     Raises:
@@ -148,11 +150,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         base: Base | None = None,
         manifest: dict[str, Any] | None = None,
         engine: Literal["auto", "off"] = "auto",
+        caches: Caches | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.engine: Engine | None = None  # not tried yet on the model as it is
         self._engine_asked = engine
+        self._caches = caches or Caches()
         self.base, self.manifest = base, manifest or {}
         self.assembly: Assembly | None = None
         self.composition: Composition | None = None
@@ -466,6 +470,11 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self._update_loss = self._update_loss + loss
         return loss
 
+    @property
+    def _kept(self) -> Caches | None:
+        """Where hidden states are kept: nowhere while layers take turns, since what is frozen changes."""
+        return self._caches if self.composition and not self.composition.rotations else None
+
     @contextmanager
     def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
         """Runs rows without padding, once a few rows of different lengths have shown that the model allows it."""
@@ -475,11 +484,11 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if rows is not None:
             try:
                 with self.compute_loss_context_manager():
-                    self.engine = engine.start(model, self._prepare_inputs(rows))
+                    self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept)
             except RuntimeError as error:
                 if not guard.is_out_of_memory(error):
                     raise
-            if self.engine and not self.engine.on:
+            if self.engine and self.engine.reason:
                 warnings.warn(f"engine: {self.engine}", stacklevel=2)
         with self.engine.open() if self.engine else nullcontext():
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from . import guard
 from . import model as models
 from . import start as starts
 from .compose import Assembly
+from .engine import Caches
 from .errors import TrainingError
 from .files import read_json, write_json
 from .memory import PeakMemory
@@ -42,6 +43,7 @@ class Setting:
         limit: rows are cut after that many tokens.
         bare: the model, and what is on it, without its numbers: to try rules on.
         callbacks, compute_metrics: the user's own.
+        caches: what frozen layers give the rows.
     """
 
     recipe: Recipe
@@ -53,6 +55,7 @@ class Setting:
     bare: Assembly
     callbacks: Sequence[TrainerCallback] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    caches: Caches = field(default_factory=Caches)
 
     @property
     def direction(self) -> str:
@@ -140,6 +143,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         strategy=strategy,
         base=start.base,
         engine=setting.recipe.engine,
+        caches=setting.caches,
         manifest={
             "task": setting.task.state(),
             "max_length": setting.limit,

@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 from ..layers import find_stacks
+from ..model import fingerprint
+from .frozen import Caches as Caches
+from .frozen import Frozen, in_evaluation
+from .frozen import depth as lowest_trained
 from .microbatch import is_rows
 from .seam import Seam
 
@@ -26,7 +30,7 @@ class Engine:
 
     Attributes:
         seam: through which it runs without padding; None where it runs as it is.
-        reason: why there is none.
+        reason: why there is none, or why what frozen layers give is not kept.
     """
 
     seam: Seam | None
@@ -39,7 +43,11 @@ class Engine:
             yield
 
     def __str__(self) -> str:
-        return "rows without padding" if self.on else f"rows with padding: {self.reason}"
+        if self.seam is None:
+            return f"rows with padding: {self.reason}"
+        kept = self.seam.frozen
+        more = f"; {kept.depth} frozen layers computed once a row, without dropout" if kept else ""
+        return f"rows without padding{more}" + (f"; {self.reason}" if self.reason else "")
 
     @property
     def on(self) -> bool:
@@ -57,33 +65,62 @@ def sample(batch: dict[str, Any]) -> dict[str, Any] | None:
     return {key: value[chosen] for key, value in batch.items()}
 
 
-def start(model: nn.Module, batch: dict[str, Any]) -> Engine:
+def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None) -> Engine:
     """Builds the engine of a model, and has it prove itself: logits of a few rows, packed against padded.
 
     Args:
-        model: with all that is on it.
+        model: with all that is on it, and with gradients required where it is trained.
         batch: a `sample` of the user's rows, on the model's device.
+        caches: where hidden states below the lowest trained layer are kept; None where they are not.
     """
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:
         return Engine(None, f"it leaves out layers at random ({skips[0]})")
     seam = Seam(model, find_stacks(dict(model.named_modules())))
-    training = model.training
-    model.eval()
-    try:
+    with in_evaluation(model):
         with torch.no_grad():
             padded = _answers(model, batch)
             packed, problem = _packed(model, batch, seam)
-    finally:
-        model.train(training)
-    if packed is None:
-        return Engine(None, problem)
-    difference = float((padded - packed).abs().max())
-    allowed = TOLERANCE.get(padded.dtype, COARSE) * max(1.0, float(padded.abs().max()))
-    if not difference <= allowed:
-        return Engine(None, f"packed rows give other logits (by {difference:.2g}, {allowed:.2g} allowed)")
+        if packed is None:
+            return Engine(None, problem)
+        reason = _differs(packed, padded)
+        if reason:
+            return Engine(None, f"packed rows give other logits ({reason})")
+        if caches is None:
+            return Engine(seam)
+        seam.frozen = _frozen(model, batch, seam, caches)
+        if seam.frozen is None:
+            return Engine(seam)
+        with torch.no_grad():
+            again, problem = _packed(model, batch, seam)
+            with seam.open():
+                seam.frozen.steady = not problem and seam.steady(batch)
+    problem = problem or _differs(again, padded)
+    if problem:
+        seam.frozen = None
+        return Engine(seam, f"hidden states of frozen layers are not kept ({problem})")
     return Engine(seam)
+
+
+def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches) -> Frozen | None:
+    """The layers below all that is trained, where there are any, and what is kept of them."""
+    with seam.open():
+        depth, modules = lowest_trained(seam.stacks[0].layers, lambda: model(**batch))
+    if not depth:
+        return None
+    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    others = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
+    dtype = torch.get_autocast_dtype(batch["input_ids"].device.type) if torch.is_autocast_enabled() else ""
+    return Frozen(depth, modules, caches.of(f"{fingerprint(model, others)} {depth} {dtype}"))
+
+
+def _differs(found: torch.Tensor | None, expected: torch.Tensor) -> str:
+    """By how much logits differ, where it is too much."""
+    assert found is not None
+    difference = float((found - expected).abs().max())
+    allowed = TOLERANCE.get(expected.dtype, COARSE) * max(1.0, float(expected.abs().max()))
+    return "" if difference <= allowed else f"by {difference:.2g}, {allowed:.2g} allowed"
 
 
 def _packed(model: nn.Module, batch: dict[str, Any], seam: Seam) -> tuple[torch.Tensor | None, str]:

@@ -107,6 +107,11 @@ class Layout:
             self._packed[id(value)] = value, whole.index_select(0, self.index).unsqueeze(0)
         return self._packed[id(value)][1]
 
+    def rows(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
+        """[1, tokens, ...] as [length, ...] for each row of the batch, by its number."""
+        pieces = zip(self.groups, self.split(packed, 1), strict=True)
+        return {number: row for group, rows in pieces for number, row in zip(group.rows, rows, strict=True)}
+
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, tokens, ...] as [rows, width, ...], with zeros for padding."""
         rows, width = self.shape

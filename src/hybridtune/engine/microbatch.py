@@ -40,7 +40,13 @@ def by_length(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 def is_rows(batch: Any) -> bool:
     """Whether every entry of a batch has one row for each example."""
     values = list(batch.values())
-    return all(torch.is_tensor(value) and value.dim() > 0 and len(value) == len(values[0]) for value in values)
+    rows = len(values[0]) if torch.is_tensor(values[0]) and values[0].dim() else 0
+    return all(is_row(value, rows) for value in values)
+
+
+def is_row(value: Any, rows: int) -> bool:
+    """Whether something has an entry for each of so many examples."""
+    return torch.is_tensor(value) and value.dim() > 0 and len(value) == rows
 
 
 def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Tensor:

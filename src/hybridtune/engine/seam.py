@@ -21,7 +21,9 @@ from torch import nn
 from .. import interface
 from ..layers import Stack
 from .attention import MARK, Mask, attention, carry, of
+from .frozen import Frozen, in_evaluation, keys_of
 from .layout import Layout
+from .microbatch import is_row
 
 
 class Seam:
@@ -34,6 +36,7 @@ class Seam:
 
     def __init__(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
         self.model = model
+        self.frozen: Frozen | None = None  # of the first stack
         self.stacks = [_Stack([model.get_submodule(name) for name in stack.layers]) for stack in stacks]
         self._modules = list(model.modules())
 
@@ -45,8 +48,8 @@ class Seam:
         caches = [getattr(config, "use_cache", None) for config in configs]
         with ExitStack() as undo:
             undo.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            for stack in self.stacks:
-                stack.hook(undo)
+            for number, stack in enumerate(self.stacks):
+                stack.hook(undo, self.frozen.depth if self.frozen and number == 0 else 0)
             for config, name, cache in zip(configs, names, caches, strict=True):
                 undo.callback(_set, config, name, cache)
                 interface.register(f"{MARK}{name or 'eager'}", attention, _mask)
@@ -57,7 +60,39 @@ class Seam:
         """Layers that are to be looked into are run padded, as what looks at them expects."""
         looked_into = any(kwargs.get(f"output_{what}") for what in ("hidden_states", "attentions"))
         for stack in self.stacks:
-            stack.layout, stack.off = None, looked_into
+            stack.layout, stack.off, stack.known = None, looked_into, None
+        if self.frozen and not looked_into and not self.stacks[0].stops:
+            self.frozen.calm()
+            self.stacks[0].known = self._known(self.frozen, kwargs)
+
+    def _known(self, frozen: Frozen, batch: dict[str, Any]) -> list[torch.Tensor]:
+        """For every row of a batch what the frozen layers give it; what is not kept yet is computed and kept."""
+        keys = keys_of(batch)
+        left: dict[bytes, torch.Tensor] = {}
+        for rows in frozen.portions(keys, batch["attention_mask"]):
+            computed = self._compute(batch, rows)
+            left |= frozen.keep({keys[row]: hidden for row, hidden in computed.items()})
+        return [left[key] if key in left else frozen.store.get(key) for key in keys]
+
+    def steady(self, batch: dict[str, Any]) -> bool:
+        """Whether the frozen layers give a row the same to the last bit, whatever rows it is computed with."""
+        rows = list(range(len(batch["attention_mask"]))) * 2
+        few, many = self._compute(batch, rows), self._compute(batch, rows[::-1] * 8)
+        return all(torch.equal(hidden, many[row]) for row, hidden in few.items())
+
+    def _compute(self, batch: dict[str, Any], rows: list[int]) -> dict[int, torch.Tensor]:
+        """Runs the frozen layers, and no further, on some rows of a batch; gives each its hidden states."""
+        stack, count = self.stacks[0], len(batch["attention_mask"])
+        chosen = {key: value[rows] if is_row(value, count) else value for key, value in batch.items()}
+        stack.stops = True
+        try:
+            with in_evaluation(self.model), torch.no_grad():
+                self.model(**chosen)
+        except _Stopped as stopped:
+            return {rows[at]: row for at, row in stopped.layout.rows(stopped.hidden).items()}
+        finally:
+            stack.stops = False
+        raise RuntimeError("the model does not come to its frozen layers")
 
     @property
     def reached(self) -> bool:
@@ -79,15 +114,34 @@ class _Stack:
         self.names = list(inspect.signature(layers[0].forward).parameters)
         self.biases = [module for layer in layers for module in layer.modules() if hasattr(module, "compute_bias")]
         self.layout: Layout | None = None
-        self.off = False
+        self.off = False  # this forward runs padded
+        self.stops = False  # this forward ends where the frozen layers do
+        self.known: list[torch.Tensor] | None = None  # what they give each row of the batch
+        self.frozen = 0  # their number
 
-    def hook(self, undo: ExitStack) -> None:
+    def hook(self, undo: ExitStack, frozen: int) -> None:
+        self.frozen = frozen
         for layer in self.layers:
             undo.callback(layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(self.layers[-1].register_forward_hook(self._leave).remove)
         for module in self.biases:
             undo.callback(delattr, module, "compute_bias")
             module.compute_bias = partial(self._bias, module.compute_bias)  # type: ignore[assignment]
+        for layer in self.layers[:frozen]:
+            undo.callback(delattr, layer, "forward")
+            layer.forward = partial(self._pass, layer.forward)
+
+    def _pass(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """A frozen layer whose results are known."""
+        if self.known is None:
+            return own(*args, **kwargs)
+        return args[0] if args else kwargs[self.names[0]]
+
+    def _recall(self, layout: Layout) -> torch.Tensor:
+        """The known hidden states as a packed row."""
+        assert self.known is not None
+        rows = [self.known[row] for group in layout.groups for row in group.rows]
+        return torch.cat(rows).unsqueeze(0)
 
     def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
         """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
@@ -107,10 +161,15 @@ class _Stack:
         if self.off:
             return tuple(_whole(value) for value in args), {name: _whole(value) for name, value in kwargs.items()}
         self.layout = own.keys
+        at = self.layers.index(layer)
+        if self.known is not None and at < self.frozen:
+            return None
+        if self.stops and at == self.frozen:
+            raise _Stopped(args[0] if args else kwargs[self.names[0]], own.keys)
 
         def packed(name: str, value: Any) -> Any:
-            if name == self.names[0] and layer is not self.layers[0]:
-                return value  # the layer before has given it
+            if name == self.names[0] and at:  # the layer before has given it
+                return value if self.known is None or at > self.frozen else self._recall(own.keys)
             if of(value):
                 crossed = other is not None and _from_encoder(name)
                 return carry(other.with_queries(own.keys), value.detach()) if crossed else value  # type: ignore[union-attr]
@@ -126,9 +185,21 @@ class _Stack:
         """Pads what the last layer gives."""
         if self.layout is None:
             return output
+        if self.stops:
+            raise _Stopped(output, self.layout)
+        if self.known is not None and self.frozen == len(self.layers):
+            return self.layout.unpack(self._recall(self.layout))
         if isinstance(output, tuple):
             return (self.layout.unpack(output[0]), *output[1:])
         return self.layout.unpack(output)
+
+
+class _Stopped(Exception):
+    """Carries hidden states out of a forward, and how they are packed."""
+
+    def __init__(self, hidden: torch.Tensor, layout: Layout) -> None:
+        super().__init__()
+        self.hidden, self.layout = hidden, layout
 
 
 def _from_encoder(name: str) -> bool:

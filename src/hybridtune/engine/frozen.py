@@ -1,0 +1,141 @@
+"""What lies below the lowest trained layer gives a row the same hidden states every time: they are computed once.
+
+Rows are known by their tokens, so that an epoch, an evaluation and every other trial on the same data find what any of
+them has computed; `Frozen.fingerprint` keeps apart what other weights have. Dropout is off below that layer: what is
+kept knows none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .store import Limits, Store
+
+LEAST = 64  # tokens that are computed at once
+
+
+@dataclass
+class Caches:
+    """What trainings in one process keep, by what it was computed with.
+
+    Attributes:
+        limits: of all together.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    _stores: dict[str, Store] = field(default_factory=dict)
+
+    def of(self, fingerprint: str) -> Store:
+        """The rows that were computed with the weights of this fingerprint."""
+        return self._stores.setdefault(fingerprint, Store(self.limits))
+
+
+@dataclass
+class Frozen:
+    """The part of a model below its lowest trained layer.
+
+    Attributes:
+        depth: how many layers of the first stack lie in it; all of them where only what follows is trained.
+        modules: what runs in it, the embeddings too.
+        store: hidden states that it has given.
+        steady: whether a row's do not depend on the rows that it is computed with, to the last bit. Where they do, rows
+            are computed one by one: a training that goes on after an interruption computes them with others.
+    """
+
+    depth: int
+    modules: tuple[nn.Module, ...]
+    store: Store
+    steady: bool = True
+
+    def calm(self) -> None:
+        """Dropout off: its results are kept."""
+        for module in self.modules:
+            module.training = False
+
+    def portions(self, keys: Sequence[bytes], mask: torch.Tensor) -> list[list[int]]:
+        """Numbers of the rows that have to be computed, in the portions that they are computed in.
+
+        A few short rows are computed several times over: matrix products of very few rows round in another way.
+        """
+        missing = [row for row, key in enumerate(keys) if key not in self.store and key not in keys[:row]]
+        portions = [missing] if self.steady else [[row] for row in missing]
+        tokens = mask.bool().sum(1).tolist()
+        return [rows * -(-LEAST // max(sum(tokens[row] for row in rows), 1)) for rows in portions if rows]
+
+    def keep(self, rows: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor]:
+        """Keeps rows [tokens, width] by their keys; returns those for which there is no room."""
+        return {key: row for key, row in rows.items() if key not in self.store and not self.store.put(key, row)}
+
+
+def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Module, ...]]:
+    """How many layers nothing trained reaches, and which modules run before the first that it does.
+
+    Gradients tell: a layer whose inputs need none has nothing trained below it.
+
+    Args:
+        layers: of the first stack.
+        forward: runs the model on a few rows.
+    """
+    called: list[nn.Module] = []
+    before: list[int] = []  # how many modules had been called when a layer without trained inputs began
+    reached: list[bool] = []
+
+    def enter(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        reached.append(any(_needs_gradient(value) for value in (*args, *kwargs.values())))
+        before.append(len(called))
+
+    def leave(layer: nn.Module, args: Any, output: Any) -> None:
+        reached.append(_needs_gradient(output))
+        before.append(len(called))
+
+    with ExitStack() as undo, torch.enable_grad():
+        for layer in layers:
+            undo.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        undo.callback(layers[-1].register_forward_hook(leave).remove)
+        undo.callback(
+            nn.modules.module.register_module_forward_pre_hook(lambda module, args: called.append(module)).remove
+        )
+        forward()
+    count = (reached.index(True) if True in reached else len(reached)) - 1
+    if count <= 0:
+        return 0, ()
+    after = {*called[before[count] :], *layers[count : count + 1]}
+    return count, tuple(module for module in called[: before[count]] if not after & set(module.modules()))
+
+
+def _needs_gradient(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(map(_needs_gradient, value))
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def keys_of(batch: dict[str, Any]) -> list[bytes]:
+    """What tells the rows of a batch apart: their tokens, and all else that has a number for each of them."""
+    mask = batch["attention_mask"].bool().cpu()
+    tables = {
+        name: value.cpu()
+        for name, value in sorted(batch.items())
+        if isinstance(value, torch.Tensor) and value.shape == mask.shape and name != "labels"
+    }
+    return [
+        b"".join(name.encode() + table[row][mask[row]].numpy().tobytes() for name, table in tables.items())
+        for row in range(len(mask))
+    ]
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """A model without dropout, and afterwards each module as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,275 @@
+"""Frozen layers, computed once a row: the same losses and weights, and nothing kept that is not true any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers as hf
+from torch import nn
+
+from hybridtune import engine
+from hybridtune.engine import Caches
+from hybridtune.engine.frozen import Frozen
+from hybridtune.engine.store import Limits, Store
+from hybridtune.recipe import Stage, Strategy
+from hybridtune.train import HybridTrainer
+
+TOP = [{"part": "layers[-1]", "method": "full"}, {"part": "head", "method": "full"}]
+HEAD = [{"part": "head", "method": "full"}]
+
+
+def no_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key in ("dropout", "attention_dropout", "dropout_prob", "classifier_dropout"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+    return model
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Callable[..., HybridTrainer]:
+    """Builds a trainer over 24 rows, three steps an epoch."""
+    made = 0
+
+    def make(name: str = "bert", rules: Any = TOP, rows: Any = None, **more: Any) -> HybridTrainer:
+        nonlocal made
+        made += 1
+        model = no_dropout(tiny.classifier(name))
+        tiny.shake(model.parameters(), by=0.2)
+        model._hybridtune_new = ()
+        keys = {key: more.pop(key) for key in ("caches", "engine", "compute_metrics") if key in more}
+        fixed = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "logging_steps": 1, "seed": 1}
+        given = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "eval_strategy": "epoch", "optim": "sgd"}
+        trainer = HybridTrainer(
+            model,
+            hf.TrainingArguments(str(tmp_path / str(made)), **fixed | given | more),
+            train_dataset=rows or tiny.rows(24),
+            eval_dataset=tiny.rows(10, seed=1),
+            data_collator=hf.DataCollatorWithPadding(tiny.tokenizer()),
+            strategy=[{"rules": rules}] if isinstance(rules, list) else rules,
+            **keys,
+        )
+        trainer.remove_callback(hf.PrinterCallback)
+        return trainer
+
+    return make
+
+
+def losses(trainer: HybridTrainer) -> list[float]:
+    trainer.train()
+    return [line[key] for line in trainer.state.log_history for key in ("loss", "eval_loss") if key in line]
+
+
+def frozen(trainer: HybridTrainer) -> Frozen:
+    assert trainer.engine is not None
+    assert trainer.engine.seam is not None
+    assert trainer.engine.seam.frozen is not None
+    return trainer.engine.seam.frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "depth"),
+    [
+        ("bert", TOP, 2),
+        ("bert", HEAD, 3),
+        ("bert", [{"part": "layers[1:]", "method": "lora", "r": 2}, *HEAD], 1),
+        ("roberta", TOP, 2),
+        ("distilbert", TOP, 2),
+        ("modernbert", TOP, 2),
+        ("llama", TOP, 2),
+        ("qwen3", HEAD, 3),
+        ("gemma", TOP, 2),
+        ("gpt2", TOP, 2),
+        ("bart", [{"part": "decoder.layers", "method": "full"}, *HEAD], 3),
+        ("bart", [{"part": "encoder.layers[-1]", "method": "full"}, *HEAD], 2),
+    ],
+)
+def test_a_training_gives_the_same(build: Callable[..., HybridTrainer], name: str, rules: Any, depth: int) -> None:
+    kept, plain = build(name, rules), build(name, rules, engine="off")
+    assert losses(kept) == pytest.approx(losses(plain), abs=2e-5)
+    assert frozen(kept).depth == depth
+    assert len(frozen(kept).store) == len({str(row["input_ids"]) for row in [*tiny.rows(24), *tiny.rows(10, seed=1)]})
+    expected = dict(plain.model.named_parameters())
+    for key, value in kept.model.named_parameters():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [{"part": "all", "method": "full"}],
+        [{"part": "embeddings", "method": "prompt", "num_virtual_tokens": 2}, *HEAD],
+        [{"part": "layers", "method": "lora", "r": 2}, *HEAD],
+    ],
+)
+def test_where_all_is_reached_nothing_is_kept(build: Callable[..., HybridTrainer], rules: Any) -> None:
+    trainer = build(rules=rules)
+    trainer.train()
+    assert trainer.engine is not None
+    assert trainer.engine.seam is not None
+    assert trainer.engine.seam.frozen is None
+
+
+def test_layers_that_hand_on_more_than_hidden_states(build: Callable[..., HybridTrainer]) -> None:
+    """T5's layers give a position bias too."""
+    rules = [{"part": "decoder.layers", "method": "full"}, *HEAD]
+    with pytest.warns(UserWarning, match="rows without padding; hidden states of frozen layers are not kept"):
+        found = losses(build("t5", rules))
+    assert found == pytest.approx(losses(build("t5", rules, engine="off")), abs=2e-5)
+
+
+def test_frozen_layers_run_once_a_row(build: Callable[..., HybridTrainer]) -> None:
+    trainer, calls = build(num_train_epochs=3), [0]
+
+    class Epochs(hf.TrainerCallback):  # type: ignore[misc]
+        def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+            calls.append(0)
+
+    def count(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        calls[-1] += 1
+
+    trainer.add_callback(Epochs())
+    trainer.model.bert.encoder.layer[0].intermediate.register_forward_hook(count)
+    trainer.train()
+    assert calls[1] > 3, "in the first epoch, and in the evaluation after it"
+    assert calls[2:] == [0, 0]
+
+
+def test_two_trainings_share(build: Callable[..., HybridTrainer]) -> None:
+    caches = Caches()
+    first = build(caches=caches)
+    first.train()
+    second, kept = (
+        build(rules=[{"part": "layers[-1]", "method": "lora", "r": 2}, *HEAD], caches=caches),
+        len(frozen(first).store),
+    )
+    second.train()
+    assert frozen(second).store is frozen(first).store
+    assert len(frozen(second).store) == kept
+
+
+def test_other_weights_share_nothing(build: Callable[..., HybridTrainer]) -> None:
+    caches = Caches()
+    first, second = build(caches=caches), build(caches=caches)
+    first.train()
+    with torch.no_grad():
+        second.model.bert.encoder.layer[0].output.dense.weight[0, 0] += 0.01
+    second.train()
+    assert frozen(second).store is not frozen(first).store
+
+
+def test_a_stage_that_changes_the_layers_begins_anew(build: Callable[..., HybridTrainer]) -> None:
+    """Full, then the top alone: what the second stage keeps is of the tuned layers."""
+    stages = [{"name": "all", "rules": [{"part": "all", "method": "full"}]}, {"name": "top", "rules": TOP}]
+    strategy = Strategy(name="two", stages=[Stage.model_validate(stage) for stage in stages])
+    assert losses(build(rules=strategy)) == pytest.approx(losses(build(rules=strategy, engine="off")), abs=2e-5)
+
+
+def test_layers_that_take_turns_are_not_kept(build: Callable[..., HybridTrainer]) -> None:
+    rules = [{"part": "layers[1:]", "method": "full", "active": {"layers": 1, "every": 1, "order": "cycle"}}, *HEAD]
+    trainer = build(rules=rules)
+    trainer.train()
+    assert trainer.engine is not None
+    assert trainer.engine.on
+    assert trainer.engine.seam is not None
+    assert trainer.engine.seam.frozen is None
+
+
+def test_dropout_is_off_below_and_on_above(build: Callable[..., HybridTrainer]) -> None:
+    trainer = build()
+    for module in trainer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    seen: dict[int, set[bool]] = {0: set(), 2: set()}
+    for at in seen:
+        dropout = trainer.model.bert.encoder.layer[at].output.dropout
+        dropout.register_forward_hook(lambda module, args, out, at=at: seen[at].add(module.training))
+    trainer.train()
+    assert seen == {0: {False}, 2: {False, True}}, "above, evaluations are without"
+
+
+def test_no_room_is_said_and_changes_nothing(build: Callable[..., HybridTrainer]) -> None:
+    with pytest.warns(UserWarning, match="no room to keep more rows"):
+        found = losses(build(caches=Caches(Limits(memory=0, disk=0))))
+    assert found == pytest.approx(losses(build(engine="off")), abs=2e-5)
+
+
+def test_in_files(build: Callable[..., HybridTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    trainer = build(caches=Caches(Limits(memory=0, disk=2**30)))
+    assert losses(trainer) == pytest.approx(losses(build(engine="off")), abs=2e-5)
+    assert len(frozen(trainer).store) > 20
+    assert not list(tmp_path.glob("hybridtune-*"))
+
+
+def test_rows_that_stand_twice_in_a_batch(build: Callable[..., HybridTrainer]) -> None:
+    rows = [tiny.rows(1)[0]] * 3 + tiny.rows(5, seed=3)
+    found = losses(build(rows=rows))
+    assert found == pytest.approx(losses(build(rows=rows, engine="off")), abs=2e-5)
+
+
+def test_a_store_against_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridtune.engine.store.SEGMENT", 400)
+    store = Store(Limits(memory=1000, disk=1000))
+    rows = {f"{number}".encode(): torch.randn(number % 5 + 1, 7) for number in range(30)}
+    with pytest.warns(UserWarning, match="no room"):
+        expected = {key: row for key, row in rows.items() if store.put(key, row)}
+    assert 10 < len(store) == len(expected) < 30
+    for key, row in expected.items():
+        assert torch.equal(store.get(key), row)
+
+
+def test_kept_states_that_are_wrong_are_found_out(build: Callable[..., HybridTrainer]) -> None:
+    """Every training proves on a few rows what it finds."""
+    caches = Caches()
+    first = build(caches=caches)
+    first.train()
+    for row in frozen(first).store._rows.values():
+        row.add_(1.0)
+    with pytest.warns(UserWarning, match="frozen layers are not kept .by "):
+        found = losses(build(caches=caches))
+    assert found == pytest.approx(losses(build(engine="off")), abs=2e-5)
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_a_row_is_the_same_whatever_it_is_computed_with(build: Callable[..., HybridTrainer], steady: bool) -> None:
+    """To the last bit: a resumed training computes rows with others than the one that was never interrupted."""
+    trainer = build()
+    trainer.train()
+    seam, rows = trainer.engine.seam, tiny.rows(8)  # type: ignore[union-attr]
+    batch = hf.DataCollatorWithPadding(tiny.tokenizer())(rows)
+    del batch["labels"]
+    assert seam is not None
+    assert seam.frozen is not None
+
+    def computed(order: list[int]) -> dict[int, torch.Tensor]:
+        seam.frozen = Frozen(2, seam.frozen.modules, Store(Limits()), steady)
+        for at in order:
+            with seam.open(), torch.no_grad():
+                seam.model(**{key: value[at:] for key, value in batch.items()})
+        with seam.open():
+            return dict(enumerate(seam._known(seam.frozen, dict(batch))))
+
+    first, second = computed([0]), computed([7, 5, 2, 0])
+    assert seam.frozen.portions([b"a", b"b"], torch.ones(2, 32, dtype=torch.long)) == (
+        [[0, 1]] if steady else [[0, 0], [1, 1]]
+    )
+    for row, hidden in first.items():
+        assert torch.equal(hidden, second[row])
+
+
+def test_without_gradients_all_is_frozen() -> None:
+    """A model that nothing is trained of: all its layers are kept."""
+    model = tiny.classifier("bert").requires_grad_(False)
+    rows = hf.DataCollatorWithPadding(tiny.tokenizer())(tiny.rows(4))
+    found = engine.start(model, engine.sample(rows), Caches())
+    assert found.seam is not None
+    assert found.seam.frozen is not None
+    assert found.seam.frozen.depth == 3
