@@ -413,7 +413,9 @@ class TestRuns:
                 raise TrainingError("out of memory")
             return run(setting, strategy, *more)
 
-        keys = {"strategy": ["head", "lora"], "num_train_epochs": 4, "goal": {"minimize": "loss"}}
+        rules = [{"part": "layers", "method": "lora"}, {"part": "new", "method": "full"}]
+        idle = {"name": "lora", "stages": [{"name": "lora", "learning_rate": 1e-9, "rules": rules}]}
+        keys = {"strategy": ["head", idle], "num_train_epochs": 4, "goal": {"minimize": "loss"}}
         with monkeypatch.context() as broken:
             broken.setattr(trial, "run", fails)
             assert tune(**keys).decision["chosen"] == "lora"

@@ -95,6 +95,7 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
         self.metrics: dict[str, Any] = {}
         self.started = time.perf_counter()
         self.timed_out = False
+        self.engine = ""  # how the rows of a training that goes on were run before
         self._at_boundary = False  # between the last step of an epoch, or of the stage, and the epoch's end
         self._save_due = False
 
@@ -119,6 +120,7 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
         self.started -= kept.get("seconds", 0.0)
         self.trainer.micro_batch_halvings = kept.get("micro_batch_halvings", 0)
         self.timed_out = kept.get("timed_out", False)
+        self.engine = kept.get("engine", "")
         if kept:
             self.trainer._tr_loss = torch.tensor(kept["loss"], device=self.trainer._tr_loss.device)
             self.trainer._globalstep_last_logged = kept["logged_step"]
@@ -142,6 +144,7 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
             "logged_step": self.trainer._globalstep_last_logged,
             "micro_batch_halvings": self.trainer.micro_batch_halvings,
             "timed_out": self.timed_out,
+            "engine": self._engine,
             "stopped": self.trainer.control.should_training_stop and state.global_step < state.max_steps,
         }
 
@@ -233,9 +236,14 @@ class StageLog(TrainerCallback):  # type: ignore[misc]
             "best_step": state.best_global_step,
             "best_metric": state.best_metric,
             "micro_batch_halvings": self.trainer.micro_batch_halvings,
-            "engine": str(self.trainer.engine or "not needed: rows of one length"),
+            "engine": self._engine,
             "evaluations": [_evaluation(logged) for logged in state.log_history if _evaluation(logged)],
         }
+
+    @property
+    def _engine(self) -> str:
+        """How rows were run; where a training that was over is ended, as it was."""
+        return str(self.trainer.engine or self.engine or "rows of one length")
 
     def _why(self, args: TrainingArguments, state: TrainerState) -> str:
         """Why the stage ended after this step."""
