@@ -514,6 +514,19 @@ def test_overwrite_replaces_the_run_and_leaves_other_files(tune: Callable[..., h
     assert read(again, "environment.json")["date"] >= first["date"]
 
 
+@pytest.mark.parametrize("inside", [".", "model", "stages/1-head", "trials/../model"])
+def test_overwrite_never_removes_the_model_to_start_from(
+    tune: Callable[..., hybridtune.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    run = tune()
+    before = files(run.folder)
+    monkeypatch.chdir(tmp_path)
+    for output, model in ((str(run.folder), f"run/{inside}"), ("run", str(run.folder / inside))):
+        with pytest.raises(RunError, match=r"run holds the model to start from\n.*another output"):
+            tune(model=model, output=output, overwrite=True)
+    assert files(run.folder) == before
+
+
 @pytest.mark.parametrize("keys", [{}, {"overwrite": True}, {"resume": True}])
 def test_a_folder_with_other_files_is_never_touched(
     tune: Callable[..., hybridtune.Run], tmp_path: Path, keys: dict[str, bool]
