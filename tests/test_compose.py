@@ -273,6 +273,14 @@ def test_the_same_rule_in_a_later_stage_trains_the_same_parameters_on() -> None:
     assert torch.equal(tiny.logits(made.model), output)
 
 
+def test_rules_that_claim_different_things_are_different_ones() -> None:
+    """A new bias for matrices without one claims nothing of the model's own."""
+    made = assembly("t5", ())
+    made.begin(stage([("layers.mlp", "bias")]))
+    second = made.begin(stage([("head", "bias")]))
+    assert set(second.names) == {n for n in made.anatomy.part("head").parameters if n.endswith(".bias")} != set()
+
+
 @pytest.mark.parametrize("later", ["freeze", "full"])
 def test_a_kept_lora_is_not_trained_on_where_a_later_rule_wins(later: str) -> None:
     made = assembly()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -221,8 +221,7 @@ class Assembly:
         claims, lost = set(rule.claims) - less, set(less)
         for there in self.attachments:
             covered = self._claimed_by(there)
-            same = (there.method, there.options) == (rule.rule.method, rule.options.model_dump())
-            if same and (there.part == rule.part.name or (claims and claims >= covered)):
+            if there.options == rule.options.model_dump() and self._means(rule, there, less):
                 given_up = tuple(f"{tensor.removesuffix('.weight')}." for tensor in covered & less)
                 names += [name for name in there.trained if not name.startswith(given_up)]
                 lost |= covered
@@ -252,13 +251,15 @@ class Assembly:
         return names
 
     def found(self, rule: Rule) -> Attachment | None:
-        """What is there already of a rule: the same method on the same part, or on the same matrices."""
+        """What an earlier stage has attached that a rule goes on with, whatever its options."""
         mine = self._read(rule)
-        for there in self.attachments:
-            same = there.part == mine.part.name or set(mine.claims) == self._claimed_by(there) != set()
-            if there.method == rule.method and same:
-                return there
-        return None
+        return next((there for there in self.attachments if self._means(mine, there)), None)
+
+    def _means(self, rule: _Rule, there: Attachment, less: Collection[str] = ()) -> bool:
+        """Whether a rule is about what is there: by the name of its part, or since it claims all that there is."""
+        covered = self._claimed_by(there)
+        all_of_it = bool(covered) and set(rule.claims) - set(less) >= covered
+        return there.method == rule.rule.method and (there.part == rule.part.name or all_of_it)
 
     def _claimed_by(self, attachment: Attachment) -> set[str]:
         return set(self._read(attachment.rule).claims) - set(attachment.less)
