@@ -290,6 +290,22 @@ def test_evaluate_run(race: hybridtune.Run, tmp_path: Path) -> None:
         api.evaluate_run(race.folder, [{"text": "good", "label": "ham"}, {"text": "bad", "label": None}])
 
 
+# Going on from a run
+
+
+def test_a_prompt_that_is_kept_leaves_less_room_for_the_text(
+    tune: Callable[..., hybridtune.Run], tmp_path: Path
+) -> None:
+    tiny.classifier("bert", max_position_embeddings=40).base_model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    prompt = [{"rules": [{"part": "embeddings", "method": "prompt", "num_virtual_tokens": 12}]}]
+    first = tune(model=str(tmp_path / "base"), strategy=prompt)
+    for previous, room in (("keep", 28), ("drop", 40)):
+        stages = [{"rules": [HEAD], "previous": previous}]
+        then = tune(model=str(first.folder), strategy=stages, output=str(tmp_path / previous))
+        assert json.loads((then.folder / "model" / "hybridtune.json").read_text())["max_length"] == room
+
+
 # The order of things
 
 

@@ -131,6 +131,12 @@ class Assembly:
         """Names of all tensors that a checkpoint needs on top of the loaded model."""
         return tuple(sorted(self.changed)) + self.added
 
+    @property
+    def positions(self) -> int:
+        """How many positions of the model's sequence are taken by what is on it, as soft prompts are."""
+        there = (self._read(attachment.rule) for attachment in self.attachments)
+        return sum(rule.method.positions(rule.options) for rule in there)
+
     def begin(self, stage: Stage) -> Composition:
         """Deals with what the stage before added, puts the stage's methods on the model and says what to train.
 
@@ -379,9 +385,18 @@ def rehearse(strategy: Strategy, assembly: Assembly) -> Assembly:
     """
     assembly = skeleton(assembly)
     for number, stage in enumerate(strategy.stages):
-        try:
-            assembly.begin(stage)
-        except MethodError as error:
-            problem = f"strategy {strategy.name}, stage {number + 1} ({stage.name}): {error.problem}"
-            raise MethodError(problem, found=error.found, expected=error.expected, mend=error.mend) from None
+        try_out(assembly, strategy, number, stage)
     return assembly
+
+
+def try_out(assembly: Assembly, strategy: Strategy, number: int, stage: Stage) -> None:
+    """Begins one stage of a strategy, resolved, on a model without its numbers.
+
+    Raises:
+        PartError, MethodError: as `rehearse`, with the stage named.
+    """
+    try:
+        assembly.begin(stage)
+    except MethodError as error:
+        problem = f"strategy {strategy.name}, stage {number + 1} ({stage.name}): {error.problem}"
+        raise MethodError(problem, found=error.found, expected=error.expected, mend=error.mend) from None
