@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from test_checkpoint import HEAD, TASK, tune
 
-from hybridtune import checkpoint, start
+from hybridtune import checkpoint, export, start
 from hybridtune.errors import ModelError
 from hybridtune.recipe import Stage, Strategy, Training
 from hybridtune.resolve import resolve
+from hybridtune.tasks.classification import Task
 
-LABELS = {"num_labels": 2, "id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+LABELS = Task(["a", "b"]).model_config()
+CLASSIFIER = ("classifier.bias", "classifier.weight")
 
 
 def adapter(base: Path, folder: Path, config: Any, auto: str = tiny.AUTO) -> torch.Tensor:
@@ -36,11 +40,23 @@ CONFIGS = {
     ),
     "dora": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["key"], use_dora=True),
     "rslora": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["key"], use_rslora=True),
+    **{
+        f"init {init}": lambda init=init: peft.LoraConfig(
+            task_type="SEQ_CLS", r=2, target_modules=["query", "dense"], init_lora_weights=init,
+        )
+        for init in (False, "gaussian", "orthogonal", "eva", "mica")  # the base stays as it was
+    },
     "ia3": lambda: peft.IA3Config(
         task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"],
         exclude_modules=r".*attention\.output\.dense",
     ),
 }  # fmt: skip
+
+
+def hidden(model: Any) -> torch.Tensor:
+    """What a tiny BERT's body gives its head."""
+    with torch.no_grad():
+        return model.bert(**tiny.batch()).last_hidden_state
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +125,48 @@ def test_what_cannot_be_gone_on_with_is_refused(config: Any, says: str, base: Pa
         start.load(str(tmp_path / "peft"), tiny.AUTO, LABELS)
 
 
+# --- an adapter whose initialisation has changed its base
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
+def test_an_adapter_that_belongs_to_changed_weights_is_refused(init: str, base: Path, tmp_path: Path) -> None:
+    from_weights = init.startswith("pissa") or init == "olora"
+    made = peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=init if from_weights else True
+    )
+    adapter(base, tmp_path, made)
+    file = tmp_path / "adapter_config.json"
+    told = json.loads(file.read_text())
+    assert told["init_lora_weights"] == (init if from_weights else True)
+    file.write_text(json.dumps(told | {"init_lora_weights": init}))  # the others need data or a GPU
+    says = rf"other weights than its base has[\s\S]*found: +init_lora_weights: {init}[\s\S]*merge_and_unload"
+    with pytest.raises(ModelError, match=says) as refused:
+        start.load(str(tmp_path), tiny.AUTO, LABELS)
+    assert ("path_initial_model_for_weight_conversion" in str(refused.value)) == (init != "loftq")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_as_pefts_conversion_saves_it_it_is_the_same_model(init: str, base: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=init)
+    tuned = peft.get_peft_model(getattr(hf, tiny.AUTO).from_pretrained(base, **LABELS), config).eval()
+    tuned.save_pretrained(tmp_path / "first")
+    start_at = hidden(tuned)
+    tiny.shake((p for n, p in tuned.named_parameters() if "lora_" in n), by=0.2)
+    theirs = hidden(tuned)
+    tuned.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    begun = start.load(str(tmp_path / "peft"), tiny.AUTO, LABELS)
+    torch.testing.assert_close(hidden(begun.loaded.model), theirs, atol=1e-5, rtol=0)
+    assert (theirs - start_at).abs().max() > 1e-2
+    assert begun.loaded.new == CLASSIFIER  # PEFT's conversion leaves the head out
+
+
+def test_one_of_our_own_brings_its_changed_base(base: Path, tmp_path: Path) -> None:
+    made = tune(tmp_path / "stage", base, [tiny.rule("layers", "lora", r=2, init_lora_weights="pissa"), HEAD])
+    export.write(tmp_path / "model", tmp_path / "stage", "adapter")
+    begun = start.load(str(tmp_path / "model"), tiny.AUTO, TASK.model_config())
+    torch.testing.assert_close(tiny.logits(begun.loaded.model).numpy(), made.logits, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("labels", [["a", "b"], ["a", "c"], ["a", "b", "c"]])
 def test_a_delta_is_gone_on_with_and_other_labels_get_a_new_head(labels: list[str], base: Path, tmp_path: Path) -> None:
     first = start.load(str(base), tiny.AUTO, LABELS)
@@ -117,20 +175,14 @@ def test_a_delta_is_gone_on_with_and_other_labels_get_a_new_head(labels: list[st
     tiny.shake(first.assembly.parameter(name) for name in composition.names)
     (tmp_path / "delta").mkdir()
     checkpoint.write(tmp_path / "delta", first.assembly, first.base)
-    config = {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {n: i for i, n in enumerate(labels)},
-    }
-    begun = start.load(str(tmp_path / "delta"), tiny.AUTO, config)
+    begun = start.load(str(tmp_path / "delta"), tiny.AUTO, Task(labels).model_config())
     same = labels == ["a", "b"]
-    assert begun.loaded.new == (() if same else ("classifier.bias", "classifier.weight"))
+    assert begun.loaded.new == (() if same else CLASSIFIER)
     assert begun.assembly.attachments == first.assembly.attachments
     assert begun.loaded.model.config.num_labels == len(labels)
     if same:
         assert torch.equal(tiny.logits(begun.loaded.model), tiny.logits(first.loaded.model))
-    body = lambda model: model.bert(**tiny.batch()).last_hidden_state  # noqa: E731
-    assert torch.equal(body(begun.loaded.model), body(first.loaded.model))
+    assert torch.equal(hidden(begun.loaded.model), hidden(first.loaded.model))
     assert begun.base.name == first.base.name and begun.base.fingerprint == first.base.fingerprint
     (tmp_path / "again").mkdir()
     checkpoint.write(tmp_path / "again", begun.assembly, begun.base)

@@ -23,11 +23,13 @@ from .checkpoint import ABOUT, MANIFEST, Base
 from .compose import Assembly, Attachment
 from .errors import ModelError, PartError
 from .files import read_json
+from .methods import lora
 from .methods._peft import name_in_file
 from .model import PACKAGED, Loaded
 
 _PEFT, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _ODD = ("lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens")
+_MERGED = "merge it with PEFT's merge_and_unload and give the merged folder"
 _PARTS = ("layers", "layers.attention", "layers.mlp", "layers.attention.q", "layers.attention.v", "all")
 
 
@@ -121,7 +123,7 @@ def _from_peft(folder: Path, asked: Base) -> Start:
             f"model {folder}: an adapter with tensors that hybridtune does not know",
             found=", ".join(left[:3]) or "no tensor of an adapter",
             expected="LoRA or (IA)3 on linear layers, and modules_to_save",
-            mend="merge it with PEFT's merge_and_unload and give the merged folder",
+            mend=_MERGED,
         )
     with torch.no_grad():
         for name, tensor in {**fits, **{wanted[n]: t for n, t in tensors.items() if n in wanted}}.items():
@@ -149,6 +151,14 @@ def _attachments(
     odd = [key for key in _ODD if told.get(key)]
     if odd or told.get("bias", "none") != "none":
         raise ModelError(f"model {folder}: {_PEFT}: {', '.join(odd or ['bias'])} cannot be gone on with")
+    init = told.get("init_lora_weights")
+    if lora.moves(init):
+        raise ModelError(
+            f"model {folder}: the adapter belongs to other weights than its base has on disk",
+            found=f"init_lora_weights: {init}, which has changed them",
+            mend=f"where it was trained, {_MERGED}"
+            + ("" if init == "loftq" else ", or save it with path_initial_model_for_weight_conversion"),
+        )
     shared: dict[str, Any] = {key: told[key] for key in ("lora_dropout", "use_rslora", "use_dora") if key in told}
     groups: dict[tuple[int, float], list[str]] = {}
     for name, tensor in tensors.items():
