@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from test_checkpoint import HEAD, TASK, tune
+from test_checkpoint import HEAD, LORA, TASK, tune
 
 from hybridtune import checkpoint, export, start
+from hybridtune import model as models
 from hybridtune.errors import ModelError
 from hybridtune.recipe import Stage, Strategy, Training
 from hybridtune.resolve import resolve
@@ -165,6 +166,124 @@ def test_one_of_our_own_brings_its_changed_base(base: Path, tmp_path: Path) -> N
     export.write(tmp_path / "model", tmp_path / "stage", "adapter")
     begun = start.load(str(tmp_path / "model"), tiny.AUTO, TASK.model_config())
     torch.testing.assert_close(tiny.logits(begun.loaded.model).numpy(), made.logits, atol=1e-6, rtol=0)
+
+
+# --- other labels, other shapes
+
+WITH_HEAD: dict[str, tuple[export.Kind, list[list[Any]]]] = {
+    "adapter": ("adapter", [[LORA, HEAD]]),
+    "adapter and base": ("adapter", [[tiny.rule("layers[1:]", "full"), HEAD], [LORA]]),
+    "checkpoint": ("checkpoint", [[tiny.rule("layers[1:]", "full"), HEAD]]),
+    "delta": ("delta", [[tiny.rule("layers[1:]", "adapter"), HEAD]]),
+}
+
+
+@pytest.mark.parametrize("labels", [["x", "y", "z"], ["x", "y", "w"], ["x", "y"], ["x", "y", "z", "w", "v"]])
+@pytest.mark.parametrize("base_has_one", [False, True], ids=["body", "classifier"])
+@pytest.mark.parametrize("what", WITH_HEAD)
+def test_a_head_for_other_labels_is_a_fresh_one(
+    what: str, base_has_one: bool, labels: list[str], base: Path, tmp_path: Path
+) -> None:
+    if base_has_one:
+        base = tiny.save_pretrained(tmp_path / "base", num_labels=3)
+    kind, stages = WITH_HEAD[what]
+    made = tune(tmp_path / "stage", base, *stages)
+    export.write(tmp_path / "model", tmp_path / "stage", kind)
+    torch.manual_seed(0)
+    begun = start.load(str(tmp_path / "model"), tiny.AUTO, Task(labels).model_config())
+    model, tuned = begun.loaded.model, made.assembly.model
+    torch.testing.assert_close(hidden(model), hidden(tuned), atol=1e-5, rtol=0)
+    trained, head = tuned.classifier, model.classifier
+    if labels == ["x", "y", "z"]:
+        assert begun.loaded.new == begun.assembly.anatomy.new == ()
+        assert torch.equal(head.weight, trained.weight)
+    else:
+        assert begun.loaded.new == begun.assembly.anatomy.new == CLASSIFIER
+        assert head.weight.shape == (len(labels), 32)
+        assert not head.bias.any()
+        assert not torch.isclose(head.weight[:2], trained.weight[:2], atol=1e-3).all(1).any()
+        assert set(CLASSIFIER) <= set(begun.assembly.delta)
+    assert model.name_or_path == begun.base.name
+    assert not model.training
+    (tmp_path / "again").mkdir()
+    checkpoint.write(tmp_path / "again", begun.assembly, begun.base)
+    again, _, _ = checkpoint.load(tmp_path / "again")
+    assert torch.equal(tiny.logits(again.model), tiny.logits(model))
+
+
+@pytest.mark.parametrize("architecture", tiny.CLASSIFIERS)
+def test_a_fresh_head_is_what_transformers_would_start_with(architecture: str, tmp_path: Path) -> None:
+    base = tiny.save_pretrained(tmp_path / "base", architecture, num_labels=3)
+    tune(tmp_path / "stage", base, [HEAD])
+    torch.manual_seed(0)
+    begun = start.load(str(tmp_path / "stage"), tiny.AUTO, Task(["x", "y", "w"]).model_config())
+    lacks = models.load(str(base), tiny.AUTO, num_labels=4)
+    assert begun.loaded.new == lacks.new
+    for name in lacks.new:
+        found, theirs = (one.model.get_parameter(name).std().item() for one in (begun.loaded, lacks))
+        assert found == pytest.approx(theirs, rel=0.3)
+
+
+def test_what_of_a_head_does_not_depend_on_the_labels_stays(tmp_path: Path) -> None:
+    base = tiny.save_body(tmp_path / "base", "roberta")
+    made = tune(tmp_path / "stage", base, [LORA, HEAD])
+    for kind in ("adapter", "delta"):
+        export.write(tmp_path / kind, tmp_path / "stage", kind)
+        begun = start.load(str(tmp_path / kind), tiny.AUTO, Task(["v", "w"]).model_config())
+        assert begun.loaded.new == ("classifier.out_proj.bias", "classifier.out_proj.weight")
+        assert torch.equal(
+            begun.loaded.model.classifier.dense.weight, made.assembly.parameter("classifier.dense.weight")
+        )
+
+
+@pytest.mark.parametrize("labels", [["x", "y", "w"], ["x", "y"]])
+@pytest.mark.parametrize(("part", "left"), [("all", "all"), ("re:classifier", None)])
+def test_what_sat_on_the_head_for_other_labels_is_gone(
+    part: str, left: str | None, labels: list[str], tmp_path: Path
+) -> None:
+    base = tiny.save_pretrained(tmp_path / "base", num_labels=3)
+    tune(tmp_path / "stage", base, [tiny.rule(part, "lora", r=2)])
+    begun = start.load(str(tmp_path / "stage"), tiny.AUTO, Task(labels).model_config())
+    assert [attachment.part for attachment in begun.assembly.attachments] == ([left] if left else [])
+    assert not any("classifier" in name for name in begun.assembly.added)
+    (tmp_path / "again").mkdir()
+    checkpoint.write(tmp_path / "again", begun.assembly, begun.base)
+    again, _, _ = checkpoint.load(tmp_path / "again")
+    assert torch.equal(tiny.logits(again.model), tiny.logits(begun.loaded.model))
+
+
+def test_an_adapter_of_peft_for_another_number_of_labels_gets_a_new_head(base: Path, tmp_path: Path) -> None:
+    adapter(base, tmp_path, CONFIGS["lora"]())
+    same, begun = (start.load(str(tmp_path), tiny.AUTO, Task(list(labels)).model_config()) for labels in ("ab", "abc"))
+    assert same.loaded.new == ()
+    assert begun.loaded.new == CLASSIFIER
+    assert torch.equal(hidden(begun.loaded.model), hidden(same.loaded.model))
+
+
+@pytest.mark.parametrize("kept", [None, ["word_embeddings"]])
+def test_what_an_adapter_brings_in_another_shape_is_refused(kept: list[str] | None, base: Path, tmp_path: Path) -> None:
+    model = getattr(hf, tiny.AUTO).from_pretrained(base, **LABELS)
+    model.resize_token_embeddings(104)  # PEFT saves them then, asked or not
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], modules_to_save=kept)
+    embeddings = False if kept else "auto"
+    peft.get_peft_model(model, config).save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    says = r"bert\.embeddings\.word_embeddings\.weight of the adapter does not fit.*\n.*\(104, 32\)\n.*\(100, 32\)"
+    with pytest.raises(ModelError, match=says):
+        start.load(str(tmp_path), tiny.AUTO, LABELS)
+
+
+@pytest.mark.parametrize(("first", "then"), [("abc", "abcde"), ("abcde", "abc"), ("abc", "xyz")])
+def test_a_base_with_a_head_of_its_own_is_the_same_base_for_other_labels(first: str, then: str, tmp_path: Path) -> None:
+    base = tiny.save_pretrained(tmp_path / "base", num_labels=3)
+    tuned = start.load(str(base), tiny.AUTO, Task(list(first)).model_config())
+    tuned.assembly.begin(Stage(rules=[tiny.rule("layers[2]", "full"), HEAD]))
+    (tmp_path / "delta").mkdir()
+    checkpoint.write(tmp_path / "delta", tuned.assembly, tuned.base)
+    asked = Task(list(then)).model_config()
+    assert start.load(str(tmp_path / "delta"), tiny.AUTO, asked).loaded.new == CLASSIFIER
+    tiny.save_pretrained(base, num_labels=3, seed=1)
+    with pytest.raises(ModelError, match="was trained on other weights"):
+        start.load(str(tmp_path / "delta"), tiny.AUTO, asked)
 
 
 @pytest.mark.parametrize("labels", [["a", "b"], ["a", "c"], ["a", "b", "c"]])

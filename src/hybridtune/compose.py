@@ -171,10 +171,13 @@ class Assembly:
         self.changed.update(name for name in composition.names if name not in added)
         return composition
 
-    def put_again(self, attachments: Iterable[Attachment]) -> None:
-        """Puts attachments of a manifest on a freshly loaded model."""
+    def put_again(self, attachments: Iterable[Attachment], without: Collection[str] = ()) -> None:
+        """Puts attachments of a manifest on a freshly loaded model, less what sits on some of its parameters."""
         for attachment in attachments:
-            self._attach(self._read(attachment.rule), set(attachment.less))
+            rule = self._read(attachment.rule)
+            under = self._claimed_by(attachment) or set(rule.part.parameters)
+            if not under <= set(without):
+                self._attach(rule, {*attachment.less, *without})
 
     def unmergeable(self) -> dict[str, str]:
         """What cannot be folded into the model's own weights, and why."""
