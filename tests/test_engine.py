@@ -387,3 +387,53 @@ def test_dropout_in_evaluation_and_of_zero_is_none() -> None:
     with engine.Engine(None, modules=tuple(layers.modules())).open():
         assert torch.equal(layers(torch.ones(9)), torch.ones(9))
         assert not torch.equal(layers.train()(torch.ones(99)), torch.ones(99))
+
+
+@pytest.mark.parametrize("masked", ["no", "causal", "bool", "added"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fast_attention_against_the_formula(masked: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same drawn mask, output and gradients are those of the plainest code."""
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 6, 8, dtype=torch.double, requires_grad=True) for heads in (4, 4 // groups, 4 // groups)
+    )
+    kept = torch.rand(2, 4, 6, 6) > 0.3
+    monkeypatch.setattr(dropout, "_drawn", lambda shape, p: (kept, 1 / 0.7))
+    seen = {"no": None, "causal": None, "bool": torch.rand(2, 1, 6, 6) > 0.4, "added": torch.randn(2, 1, 6, 6).double()}
+    mask = seen[masked]
+    if masked == "bool":
+        mask |= torch.eye(6, dtype=torch.bool)
+    module = nn.Module()
+    module.num_key_value_groups = groups
+    found, _ = dropout.attention(module, query, key, value, mask, 0.3, 0.5, is_causal=masked == "causal")
+    scores = 0.5 * query @ key.repeat_interleave(groups, 1).transpose(-1, -2)
+    if masked in ("causal", "bool"):
+        see = torch.ones(6, 6, dtype=torch.bool).tril() if masked == "causal" else mask
+        scores = scores.masked_fill(~see, -torch.inf)
+    scores = scores + mask if masked == "added" else scores
+    expected = (scores.softmax(-1) * kept / 0.7 @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    signal = torch.randn_like(found)
+    ours = torch.autograd.grad(found, (query, key, value), signal)
+    theirs = torch.autograd.grad(expected, (query, key, value), signal)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3"])
+def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And drops: two forwards differ; with a probability of nearly nothing they are the model's own."""
+    config = {"attention_dropout": 0.5}
+    if name == "bert":
+        config = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    model = shaken(tiny.classifier(name, **config)).train()
+    calls, own = [], dropout.attention
+    monkeypatch.setattr(dropout, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    with seam_of(model).open():
+        first, second = model(**padded()).logits, model(**padded()).logits
+    assert calls
+    assert not torch.allclose(first, second)
+    monkeypatch.setattr(dropout, "_drawn", lambda shape, p: (torch.ones(shape, dtype=torch.bool), 1.0))
+    with seam_of(model).open():
+        whole = model(**padded()).logits
+    torch.testing.assert_close(whole, model.eval()(**padded()).logits, rtol=1e-4, atol=1e-4)
