@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
 from hybridtune.engine import dropout, lora
-from hybridtune.engine.layout import Layout
+from hybridtune.engine.layout import CALL, Layout
 from hybridtune.engine.seam import Seam
 from hybridtune.layers import find_stacks
 from hybridtune.recipe import Stage
@@ -81,8 +82,10 @@ def check_equal(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     assert torch.equal(again, expected), "the seam is closed, the model is as it was"
 
 
+@pytest.mark.parametrize("call", [0, 2**10], ids=["exact", "merged"])
 @pytest.mark.parametrize("name", ON)
-def test_a_classifier_gives_the_same(name: str) -> None:
+def test_a_classifier_gives_the_same(name: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CALL, "cpu", call)
     check_equal(shaken(tiny.classifier(name)), padded())
 
 
@@ -206,8 +209,25 @@ def test_layout_against_a_loop() -> None:
     expected = torch.cat([values[row][mask[row]] for row in order])
     assert torch.equal(layout.pack(values)[0], expected)
     assert torch.equal(layout.unpack(layout.pack(values)), values * mask.unsqueeze(-1))
-    assert [(group.rows, group.length) for group in layout.groups] == [((4,), 1), ((0, 2), 2), ((1,), 3), ((3,), 4)]
+    groups = [(group.rows, group.length) for group in layout.exact.groups]
+    assert groups == [((4,), 1), ((0, 2), 2), ((1,), 3), ((3,), 4)]
     assert layout.longest == 4
+    for one in (layout, layout.exact, layout.apart):
+        packed = layout.pack(values)
+        assert torch.equal(one.join(one.split(packed, 1)), packed)
+        for number, row in one.rows(packed).items():
+            assert torch.equal(row, values[number][mask[number]])
+
+
+def test_rows_are_padded_in_attention_where_a_call_costs_more() -> None:
+    """No two groups are left that would be cheaper as one."""
+    lengths = torch.tensor([5, 6, 7, 30, 31, 80, 90, 91])
+    layout = Layout.of(torch.arange(100) < lengths[:, None])
+    assert all(
+        len(before.rows) * (after.lengths[0] ** 2 - before.length**2) > CALL["cpu"]
+        for before, after in itertools.pairwise(layout.groups)
+    )
+    assert len(layout.groups) < len(set(lengths.tolist())) == len(layout.exact.groups)
 
 
 def trained(name: str, folder: Path, asked: str) -> tuple[HybridTrainer, list[float]]:

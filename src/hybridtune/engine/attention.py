@@ -41,6 +41,10 @@ class Mask:
         """The mask of cross-attention, where rows go in pairs."""
         return Mask(self.keys.apart, self.asked, queries.apart)
 
+    def with_exact(self) -> Mask:
+        """The mask over rows that are not padded to the length of others."""
+        return Mask(self.keys.exact, self.asked, self.queries.exact)
+
     def pairs(self) -> list[int]:
         """For every group of queries the number of the group of keys that has the same rows."""
         numbers = {group.rows: number for number, group in enumerate(self.keys.groups)}
@@ -51,7 +55,8 @@ class Mask:
         if query not in self._made:
             queries, keys = self.queries.groups[query], self.keys.groups[key]
             sizes = {"batch_size": len(keys.rows), "q_length": queries.length, "kv_length": keys.length}
-            more = {"attention_mask": None, "mask_function": self._function(query, key)}
+            padding = None if keys.even else keys.mask.to(self.keys.index.device)
+            more = {"attention_mask": padding, "mask_function": self._function(query, key)}
             self._made[query] = self.build(self.asked | sizes | more)
         return self._made[query]
 
@@ -67,11 +72,16 @@ class Mask:
     def _function(self, query: int, key: int) -> Any:
         """Says which key a query sees; what is no plain relation of two places is asked for those in the batch."""
         function = self.asked["mask_function"]
-        if function in (causal_mask_function, bidirectional_mask_function):
+        if is_plain(function):
             return function
         rows = torch.tensor(self.keys.groups[key].rows, device=self.keys.index.device)
         before, after = self.queries.columns[query], self.keys.columns[key]
         return lambda batch, head, q, k: function(rows[batch], head, before[batch, q], after[batch, k])
+
+
+def is_plain(function: Any) -> bool:
+    """Whether what a query sees follows from the order of two places alone: all, or all before it."""
+    return function in (causal_mask_function, bidirectional_mask_function)
 
 
 def of(mask: Any) -> Mask | None:
@@ -117,5 +127,5 @@ def attention(
         if bias is not None:
             kwargs["position_bias"] = bias[:, :, : q.shape[2], : k.shape[2]]
         found, _ = inner(module, q, k, v, mask.of(number, at), **kwargs)
-        results.append(found.reshape(1, -1, *found.shape[2:]))
-    return torch.cat(results, dim=1), None
+        results.append(found)
+    return mask.queries.join(results), None

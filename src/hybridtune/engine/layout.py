@@ -1,35 +1,74 @@
 """Where the tokens of a padded batch lie in one packed row without padding.
 
-Rows are sorted by length, so that rows of one length lie side by side: attention works on each such group as on a batch
-that never had padding.
+Rows are sorted by length, so that rows of about one length lie side by side: attention works on each such group as on a
+batch. Rows of one length need no padding for it; others are padded, in attention alone, where that costs less than
+another call.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
+# What a call of attention costs beside its work, in scores (queries times keys) of one row.
+CALL = {"cpu": 2**10, "cuda": 2**16}
+
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one length that lie side by side.
+    """Rows that lie side by side and that attention takes together.
 
     Attributes:
         rows: numbers of these rows in the padded batch.
-        length: of each, in tokens.
+        lengths: of each, in tokens, ascending.
     """
 
     rows: tuple[int, ...]
-    length: int
+    lengths: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Of the longest row."""
+        return self.lengths[-1]
 
     @property
     def tokens(self) -> int:
         """Of all rows together."""
-        return len(self.rows) * self.length
+        return sum(self.lengths)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows have one length."""
+        return self.lengths[0] == self.lengths[-1]
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """[rows, length], True where a token is."""
+        return torch.arange(self.length) < torch.tensor(self.lengths)[:, None]
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """[rows * length] for each place of the padded group its token's; for padding that of some token."""
+        starts = torch.tensor([0, *itertools.accumulate(self.lengths)][:-1])[:, None]
+        return torch.where(self.mask, starts + torch.arange(self.length), 0).flatten()
+
+    def padded(self, piece: torch.Tensor, dim: int) -> torch.Tensor:
+        """The group's piece of the packed row, [1, ..., tokens, ...], as [rows, ..., length, ...]."""
+        if not self.even:
+            piece = piece.index_select(dim, self._places.to(piece.device))
+        return torch.unflatten(piece, dim, (len(self.rows), self.length)).transpose(0, dim).squeeze(dim)
+
+    def packed(self, padded: torch.Tensor) -> torch.Tensor:
+        """[rows, length, ...] as [1, tokens, ...]."""
+        if not self.even:
+            kept = self.mask.flatten().nonzero()[:, 0].to(padded.device)
+            return padded.flatten(0, 1).index_select(0, kept).unsqueeze(0)
+        return padded.reshape(1, -1, *padded.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -48,22 +87,23 @@ class Layout:
     _packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, mask: torch.Tensor) -> Layout:
+    def of(cls, mask: torch.Tensor, merge: bool = True) -> Layout:
         """Of a batch's mask [rows, width], True where a token is; wherever the padding is.
 
         A row without a token keeps its first place, so that no row is lost.
+
+        Args:
+            mask: of the batch.
+            merge: whether a group may have rows of several lengths.
         """
         mask = mask.clone()
         mask[:, 0] |= ~mask.any(1)
         lengths, order = mask.sum(1).sort(stable=True)
         found = mask[order].nonzero()
         index = order[found[:, 0]] * mask.shape[1] + found[:, 1]
-        pairs = zip(lengths.tolist(), order.tolist(), strict=True)
-        groups = (
-            Group(tuple(row for _, row in same), length)
-            for length, same in itertools.groupby(pairs, key=lambda pair: pair[0])
-        )
-        return cls((mask.shape[0], mask.shape[1]), index, tuple(groups))
+        rows = list(zip(order.tolist(), lengths.tolist(), strict=True))
+        call = CALL.get(mask.device.type, 0) if merge else 0
+        return cls((mask.shape[0], mask.shape[1]), index, tuple(_grouped(rows, call)))
 
     @property
     def longest(self) -> int:
@@ -71,10 +111,19 @@ class Layout:
         return self.groups[-1].length
 
     @cached_property
+    def _rows(self) -> list[tuple[int, int]]:
+        """Number and length of every row, in the packed row's order."""
+        return [pair for group in self.groups for pair in zip(group.rows, group.lengths, strict=True)]
+
+    @cached_property
     def apart(self) -> Layout:
         """The same packing with a group for every row: in cross-attention two layouts have to go together."""
-        groups = (Group((row,), group.length) for group in self.groups for row in group.rows)
-        return replace(self, groups=tuple(groups))
+        return replace(self, groups=tuple(Group((row,), (length,)) for row, length in self._rows))
+
+    @cached_property
+    def exact(self) -> Layout:
+        """The same packing with a group for every length: no row is padded to the length of another."""
+        return replace(self, groups=tuple(_grouped(self._rows, call=0)))
 
     @cached_property
     def columns(self) -> tuple[torch.Tensor, ...]:
@@ -82,12 +131,13 @@ class Layout:
         return tuple(self.split((self.index % self.shape[1])[None], dim=1))
 
     def split(self, packed: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        """Views of the groups: [1, ..., tokens, ...] as [rows, ..., length, ...] each."""
+        """The groups: [1, ..., tokens, ...] as [rows, ..., length, ...] each."""
         pieces = torch.split(packed, [group.tokens for group in self.groups], dim)
-        return [
-            torch.unflatten(piece, dim, (len(group.rows), group.length)).transpose(0, dim).squeeze(dim)
-            for piece, group in zip(pieces, self.groups, strict=True)
-        ]
+        return [group.padded(piece, dim) for piece, group in zip(pieces, self.groups, strict=True)]
+
+    def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The groups' [rows, length, ...] as [1, tokens, ...]."""
+        return torch.cat([group.packed(piece) for piece, group in zip(pieces, self.groups, strict=True)], dim=1)
 
     def pack(self, value: Any) -> Any:
         """What of a layer's argument has a place for each token, [rows or 1, width, ...], as [1, tokens, ...].
@@ -109,11 +159,24 @@ class Layout:
 
     def rows(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
         """[1, tokens, ...] as [length, ...] for each row of the batch, by its number."""
-        pieces = zip(self.groups, self.split(packed, 1), strict=True)
-        return {number: row for group, rows in pieces for number, row in zip(group.rows, rows, strict=True)}
+        pieces = torch.split(packed[0], [length for _, length in self._rows])
+        return {row: piece for (row, _), piece in zip(self._rows, pieces, strict=True)}
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, tokens, ...] as [rows, width, ...], with zeros for padding."""
         rows, width = self.shape
         empty = packed.new_zeros(rows * width, *packed.shape[2:])
         return torch.unflatten(empty.index_copy(0, self.index, packed[0]), 0, (rows, width))
+
+
+def _grouped(rows: Iterable[tuple[int, int]], call: int) -> list[Group]:
+    """Puts rows, sorted by length, into groups: lengths together where padding costs less than a call."""
+    groups: list[Group] = []
+    for length, same in itertools.groupby(rows, key=lambda row: row[1]):
+        numbers = tuple(row for row, _ in same)
+        before = groups[-1] if groups else None
+        if before and len(before.rows) * (length**2 - before.length**2) <= call:
+            groups[-1] = Group(before.rows + numbers, before.lengths + (length,) * len(numbers))
+        else:
+            groups.append(Group(numbers, (length,) * len(numbers)))
+    return groups

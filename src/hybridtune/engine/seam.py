@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import interface
 from ..layers import Stack
-from .attention import MARK, Mask, attention, carry, of
+from .attention import MARK, Mask, attention, carry, is_plain, of
 from .frozen import Frozen, in_evaluation, keys_of
 from .layout import Layout
 from .microbatch import is_row
@@ -172,7 +172,9 @@ class _Stack:
                 return value if self.known is None or at > self.frozen else self._recall(own.keys)
             if of(value):
                 crossed = other is not None and _from_encoder(name)
-                return carry(other.with_queries(own.keys), value.detach()) if crossed else value  # type: ignore[union-attr]
+                if crossed:
+                    return carry(other.with_queries(own.keys), value.detach())  # type: ignore[union-attr]
+                return carry(own.with_exact(), value.detach()) if self.stops else value
             layout = (other.keys if other else None) if _from_encoder(name) else own.keys
             return layout.pack(value) if layout else value
 
@@ -220,5 +222,5 @@ def _mask(**asked: Any) -> torch.Tensor | None:
         return Mask.build(asked)
     if mask is None:
         mask = torch.ones(asked["batch_size"], asked["kv_length"], dtype=torch.bool, device=asked["device"])
-    layout = Layout.of(mask)
+    layout = Layout.of(mask, merge=is_plain(asked["mask_function"]))
     return carry(Mask(layout, asked, layout), mask.detach())
