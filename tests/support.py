@@ -174,6 +174,8 @@ def strategy(row: str) -> Strategy:
         ]
         return Strategy(name=row, stages=[Stage.model_validate({"rules": rules})])
     asked = load_strategy(row.removeprefix("strategy "))
+    for stage in asked.stages:  # as long as any other
+        stage.num_train_epochs = stage.max_steps = None
     for rule in (rule for stage in asked.stages for rule in stage.rules):
         if rule.active is not None and rule.active.every >= 1:
             rule.active.every = 1
