@@ -340,8 +340,6 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._limit = 1  # the best and the last: _tidy removes what nobody asked to keep
         self.micro_batch_halvings = 0
         set_seed(self._asked.seed + number)
-        if self.accelerator.mixed_precision != "no":  # a stage before has wrapped forward in autocast
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.composition = self.assembly.begin(stage)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
