@@ -20,6 +20,7 @@ from .compose import rehearse, skeleton
 from .console import Console
 from .data import check, read, split
 from .data.files import READ_AS
+from .engine import precision
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training
 from .resolve import positions, resolve
@@ -184,15 +185,24 @@ def setting_of(
     console: Console,
     callbacks: Sequence[TrainerCallback] = (),
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    begun: bool | None = None,
 ) -> tuple[Setting, dict[str, Any]]:
     """Loads the model once, to cut the rows into tokens and to take its fingerprint.
+
+    Args:
+        recipe, task, metric, rows: of the run.
+        console: is told of the model and of rows that do not fit it.
+        callbacks, compute_metrics: the user's own.
+        begun: of a resumed run, whether it was begun in bf16.
 
     Returns:
         What all trials share, and what data.json says of the rows' lengths.
 
     Raises:
         ModelError: the model cannot be loaded or cannot do the task.
+        RecipeError: the device has no bf16, and it is asked for.
     """
+    chosen = precision.choose(recipe, models.pick_device(recipe.device), begun)
     start = trial.load(recipe, task)
     loaded = start.loaded
     taken = max(map(positions, recipe.strategies()))
@@ -224,6 +234,7 @@ def setting_of(
         encoded["validation"],
         limit,
         skeleton(start.assembly),
+        chosen,
         callbacks,
         compute_metrics,
     )
@@ -239,7 +250,9 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
     Raises:
         PartError, MethodError, RecipeError: a rule cannot be kept on this model.
     """
-    resolved, defaults, arguments = [], [], _arguments(setting)
+    resolved, arguments = [], _arguments(setting)
+    defaults = ["bf16"] if setting.precision.default else []
+    console.line(f"  bf16 {setting.precision}")
     bare = setting.bare
     width = models.width(bare.model)
     training = Training(**{key: getattr(setting.recipe, key) for key in Training.model_fields})

@@ -16,6 +16,7 @@ from .frozen import Caches as Caches
 from .frozen import Frozen, in_evaluation
 from .frozen import depth as lowest_trained
 from .microbatch import is_rows
+from .precision import autocast_type
 from .seam import Seam
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -111,7 +112,7 @@ def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches)
         return None
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
     others = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-    dtype = torch.get_autocast_dtype(batch["input_ids"].device.type) if torch.is_autocast_enabled() else ""
+    dtype = autocast_type(batch["input_ids"].device)
     return Frozen(depth, modules, caches.of(f"{fingerprint(model, others)} {depth} {dtype}"))
 
 
@@ -119,7 +120,8 @@ def _differs(found: torch.Tensor | None, expected: torch.Tensor) -> str:
     """By how much logits differ, where it is too much."""
     assert found is not None
     difference = float((found - expected).abs().max())
-    allowed = TOLERANCE.get(expected.dtype, COARSE) * max(1.0, float(expected.abs().max()))
+    dtype = autocast_type(expected.device) or expected.dtype  # accelerate gives logits back in fp32
+    allowed = TOLERANCE.get(dtype, COARSE) * max(1.0, float(expected.abs().max()))
     return "" if difference <= allowed else f"by {difference:.2g}, {allowed:.2g} allowed"
 
 
