@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from hybridtune import checkpoint, select, trial
 from hybridtune import model as models
 from hybridtune.cli import app
+from hybridtune.engine.precision import Choice
 from hybridtune.errors import MethodError, ModelError, RecipeError, RunError, TrainingError
 from hybridtune.recipe import Recipe, Stage, Strategy, Training, load_strategy
 from hybridtune.resolve import resolve
@@ -879,7 +880,8 @@ class TestTrial:
             name: Dataset.from_list([row | {"length": len(row["input_ids"]), "unknown": 0} for row in table])
             for name, table in rows.items()
         }
-        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, plans=())
+        fp32 = Choice(False, True, "")
+        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, (), fp32)
 
     def test_what_it_found_is_what_its_checkpoint_gives(self, setting: trial.Setting, tmp_path: Path) -> None:
         found = trial.run(setting, resolved(setting, "lora"), 3, tmp_path / "trial")

@@ -71,8 +71,16 @@ def tune(
     console.step(2, "data")
     rows, about = prepare.rows_of(asked, task, console)
     setting, lengths = prepare.setting_of(
-        asked, task, metric, rows, console, (*callbacks, Progress(console)), compute_metrics
+        asked,
+        task,
+        metric,
+        rows,
+        console,
+        (*callbacks, Progress(console)),
+        compute_metrics,
+        folders.begun_in_bf16(folder) if resume else None,
     )
+    machine["bf16"] = str(setting.precision)
 
     console.step(3, "strategy")
     plan, defaults = prepare.plan_of(setting, console)

@@ -18,6 +18,7 @@ import transformers
 
 from . import __version__
 from .console import Console, memory
+from .engine import precision
 from .model import PACKAGED, pick_device
 
 
@@ -26,35 +27,22 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "hybridtune": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "accelerate": accelerate.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "processor": _processor(),
+        **precision.machine(device),
         "cores": psutil.cpu_count(logical=True),
-        "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "platform": platform.platform(terse=True),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
 def examine(console: Console) -> dict[str, Any]:
     """What `hybridtune doctor` shows: all of `describe`, and what would stand in the way."""
     device = pick_device("auto")
     found = describe(device)
+    found["bf16"] = precision.say(device)
     found["disk_free_bytes"] = shutil.disk_usage(Path.cwd()).free
     found["packaged_models"] = {
         name: importlib.util.find_spec(package) is not None for name, (package, _, _) in PACKAGED.items()

@@ -17,9 +17,9 @@ from .recipe import Recipe, Strategy
 from .trial import RESULT, Setting, Trial
 
 # All that a tuning writes into its folder, and all that it ever removes from there.
-_ASKED = "asked.json"
+_ASKED, _RESOLVED = "asked.json", "recipe.yaml"
 _OWN_FILES = (
-    *("recipe.yaml", "environment.json", "data.json", "plan.json", "decision.json", "evaluation.json"),
+    *(_RESOLVED, "environment.json", "data.json", "plan.json", "decision.json", "evaluation.json"),
     *("explanation.json", "predictions.jsonl", "report.html", _ASKED),
 )
 _OWN_FOLDERS = ("trials", "stages", "model")
@@ -137,11 +137,18 @@ def begin(
     tree = recipe.model_dump(mode="json", exclude={"data", "goal", "strategy", "defaults"}, exclude_none=True)
     tree |= {
         "goal": {recipe.goal.direction: setting.metric},
+        "bf16": setting.precision.bf16,
         "data": _data(recipe),
         "strategy": [strategy.model_dump(mode="json", exclude_none=True) for strategy in plan],
         "defaults": [*([] if recipe.goal.metric else [f"goal.{recipe.goal.direction}"]), *defaults],
     }
-    write_text(folder / "recipe.yaml", yaml12.dump(tree))
+    write_text(folder / _RESOLVED, yaml12.dump(tree))
+
+
+def begun_in_bf16(folder: Path) -> bool | None:
+    """Whether the run in a folder was begun in bf16; None where none was begun."""
+    resolved = folder / _RESOLVED
+    return yaml12.load(resolved.read_text("utf-8")).get("bf16") if resolved.is_file() else None
 
 
 @contextmanager

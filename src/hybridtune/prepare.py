@@ -19,6 +19,7 @@ from . import trial
 from .console import Console
 from .data import check, read, split
 from .data.files import READ_AS
+from .engine import precision
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training
 from .resolve import plan
@@ -183,16 +184,25 @@ def setting_of(
     console: Console,
     callbacks: Sequence[TrainerCallback] = (),
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    begun: bool | None = None,
 ) -> tuple[Setting, dict[str, Any]]:
     """Loads the model once, to plan every candidate on it and to cut the rows into what tokens they leave room for.
+
+    Args:
+        recipe, task, metric, rows: of the run.
+        console: is told of the model and of rows that do not fit it.
+        callbacks, compute_metrics: the user's own.
+        begun: of a resumed run, whether it was begun in bf16.
 
     Returns:
         What all trials share, and what data.json says of the rows' lengths.
 
     Raises:
         ModelError: the model cannot be loaded or cannot do the task.
-        PartError, MethodError, RecipeError: a rule cannot be kept on this model.
+        PartError, MethodError, RecipeError: a rule cannot be kept on this model, or the device has no bf16 and it is
+            asked for.
     """
+    chosen = precision.choose(recipe, models.pick_device(recipe.device), begun)
     start = trial.load(recipe, task)
     loaded = start.loaded
     training = Training(**{key: getattr(recipe, key) for key in Training.model_fields})
@@ -227,6 +237,7 @@ def setting_of(
         encoded["validation"],
         limit,
         plans,
+        chosen,
         callbacks,
         compute_metrics,
     )
@@ -242,7 +253,8 @@ def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[st
     Raises:
         RecipeError: a value that TrainingArguments does not take.
     """
-    defaults, arguments = [], _arguments(setting)
+    arguments, defaults = _arguments(setting), ["bf16"] if setting.precision.default else []
+    console.line(f"  bf16 {setting.precision}")
     for number, made in enumerate(setting.plans):
         full = made.strategy
         for stage in full.stages:

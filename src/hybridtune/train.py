@@ -12,7 +12,7 @@ import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -40,6 +40,7 @@ from .checkpoint import Base
 from .compose import Assembly, Composition
 from .engine import Caches, Engine
 from .engine.microbatch import by_length, is_rows
+from .engine.precision import Casts
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
 from .origin import base_of, new_of
@@ -157,6 +158,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.engine: Engine | None = None  # not tried yet on the model as it is
         self._engine_asked = engine
         self._caches = caches or Caches()
+        self._casts: Casts | None = None  # of the stage that runs under autocast
         self.base, self.manifest = base, manifest or {}
         self.assembly: Assembly | None = None
         self.composition: Composition | None = None
@@ -324,7 +326,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         finally:
             self.callback_handler.callbacks = before
             self.args = self._asked
-            self._log = None
+            self._log = self._casts = None
 
     def _begin(self, number: int, stage: Stage) -> None:
         """Puts the stage on the model and gives Trainer its arguments. The seed is set before anything is attached."""
@@ -338,12 +340,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._limit = 1  # the best and the last: _tidy removes what nobody asked to keep
         self.micro_batch_halvings = 0
         set_seed(self._asked.seed + number)
-        if self.accelerator.mixed_precision != "no":  # a stage before has wrapped forward in autocast
-            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.composition = self.assembly.begin(stage)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._rest(frozenset())
+        # DataParallel's replicas have weights of their own, and compiled code its own casts
+        if self.accelerator.native_amp and self.args.n_gpu <= 1 and not self.args.torch_compile:
+            self._casts = Casts(self.model)
         if self.composition.rotations:
             self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
         self._train_batch_size = self.args.train_batch_size
@@ -481,14 +484,17 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         rows = engine.sample(dict(inputs)) if self.engine is None else None
         if rows is not None:
             try:
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
                     self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept)
             except RuntimeError as error:
                 if not guard.is_out_of_memory(error):
                     raise
             if self.engine and self.engine.reason:
                 warnings.warn(f"engine: {self.engine}", stacklevel=2)
-        with self.engine.open() if self.engine else nullcontext():
+        with (
+            self.engine.open(self._casts) if self.engine else nullcontext(),
+            self._casts.open() if self._casts else nullcontext(),
+        ):
             yield
 
     def prediction_step(

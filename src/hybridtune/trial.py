@@ -17,6 +17,7 @@ from . import guard
 from . import model as models
 from . import start as starts
 from .engine import Caches
+from .engine.precision import Choice
 from .errors import TrainingError
 from .files import read_json, write_json
 from .memory import PeakMemory
@@ -29,7 +30,7 @@ from .train import HybridTrainer, Tuned
 
 RESULT = "trial.json"
 # Keys of the recipe that TrainingArguments gets as they are.
-_PASSED = ("per_device_eval_batch_size", "bf16", "fp16", "report_to", "dataloader_num_workers")
+_PASSED = ("per_device_eval_batch_size", "fp16", "report_to", "dataloader_num_workers")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Setting:
         train, validation: rows cut into tokens.
         limit: rows are cut after that many tokens.
         plans: every candidate with every value, tried on the model.
+        precision: what is computed in.
         callbacks, compute_metrics: the user's own.
         caches: what frozen layers give the rows.
     """
@@ -53,6 +55,7 @@ class Setting:
     validation: Dataset
     limit: int
     plans: Sequence[Plan]
+    precision: Choice
     callbacks: Sequence[TrainerCallback] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     caches: Caches = field(default_factory=Caches)
@@ -205,6 +208,7 @@ def training_arguments(setting: Setting, seed: int, folder: Path) -> TrainingArg
         output_dir=str(folder),
         seed=seed,
         use_cpu=device.type == "cpu",
+        bf16=setting.precision.bf16,
         disable_tqdm=True,
         eval_strategy="epoch",
         save_strategy="epoch",

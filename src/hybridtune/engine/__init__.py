@@ -17,6 +17,7 @@ from .frozen import Caches as Caches
 from .frozen import Frozen, in_evaluation
 from .frozen import depth as lowest_trained
 from .microbatch import is_rows
+from .precision import Casts, autocast_type
 from .seam import Seam
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -40,12 +41,16 @@ class Engine:
     modules: tuple[nn.Module, ...] = ()
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """For forwards and their backwards."""
+    def open(self, casts: Casts | None = None) -> Iterator[None]:
+        """For forwards and their backwards.
+
+        Args:
+            casts: of frozen weights, where they are computed in another type than they have.
+        """
         with ExitStack() as undo:
             if self.seam:
                 undo.enter_context(self.seam.open())
-            lora.speed_up(self.modules, undo)
+            lora.speed_up(self.modules, undo, casts)
             dropout.speed_up(self.modules, undo)
             yield
 
@@ -114,7 +119,7 @@ def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches)
         return None
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
     others = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-    dtype = torch.get_autocast_dtype(batch["input_ids"].device.type) if torch.is_autocast_enabled() else ""
+    dtype = autocast_type(batch["input_ids"].device)
     return Frozen(depth, modules, caches.of(f"{fingerprint(model, others)} {depth} {dtype}"))
 
 
@@ -131,7 +136,8 @@ def _check(engine: Engine, batch: dict[str, Any], padded: torch.Tensor) -> str:
         said = (str(error) or type(error).__name__).splitlines()[0]
         return f"its layers cannot run packed ({said[:120]})"
     difference = float((packed - padded).abs().max())
-    allowed = TOLERANCE.get(padded.dtype, COARSE) * max(1.0, float(padded.abs().max()))
+    dtype = autocast_type(padded.device) or padded.dtype  # accelerate gives logits back in fp32
+    allowed = TOLERANCE.get(dtype, COARSE) * max(1.0, float(padded.abs().max()))
     return "" if difference <= allowed else f"its logits would be others (by {difference:.2g}, {allowed:.2g} allowed)"
 
 

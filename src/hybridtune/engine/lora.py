@@ -20,6 +20,8 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.nn import functional
 
+from .precision import Casts, autocast_type
+
 
 class _Product(torch.autograd.Function):
     """y above, for W and b that are not trained."""
@@ -55,12 +57,18 @@ class _Product(torch.autograd.Function):
         return for_x, None, None, thin.T @ rows, (out.T @ (rows @ down.T)).mul_(ctx.scaling), None
 
 
-def speed_up(modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Has PEFT's plain LoRA layers compute by the formula above, until `undo` is closed."""
+def speed_up(modules: Iterable[nn.Module], undo: ExitStack, casts: Casts | None = None) -> None:
+    """Has PEFT's plain LoRA layers compute by the formula above, until `undo` is closed.
+
+    Args:
+        modules: of a model; others than LoRA's are left alone.
+        undo: takes it back.
+        casts: copies of frozen weights in the type that autocast computes in.
+    """
     for module in modules:
         if type(module) is Linear and _plain(module):
             undo.callback(delattr, module, "forward")
-            module.forward = partial(_forward, module, module.forward)
+            module.forward = partial(_forward, module, module.forward, casts)
 
 
 def _plain(layer: Linear) -> bool:
@@ -76,7 +84,7 @@ def _plain(layer: Linear) -> bool:
     return not hooked and not trained and all(one.bias is None for one in thin)
 
 
-def _forward(layer: Linear, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward(layer: Linear, own: Any, casts: Casts | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     name = layer.active_adapters[0]
     down, up, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
     if (
@@ -84,11 +92,11 @@ def _forward(layer: Linear, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any
     ):  # A sees another x than W
         result: torch.Tensor = own(x, *args, **kwargs)
         return result
-    base, kind = layer.base_layer, x.device.type
+    base, dtype = layer.base_layer, autocast_type(x.device)
     tensors = [x, base.weight, base.bias, down, up]
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    if dtype is not None:
+        tensors[1] = casts.weight(base, dtype) if casts else base.weight
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         product: torch.Tensor = _Product.apply(*tensors, layer.scaling[name])  # type: ignore[no-untyped-call]
     return product

@@ -1,0 +1,259 @@
+"""bf16 where it is faster: measured once a machine, and frozen weights cast to it once instead of in every forward."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..errors import RecipeError, RunError
+from ..files import read_json, write_json
+from ..recipe import Recipe
+
+FASTER = 1.3  # from here on bf16 counts as faster: less would not pay for its rounding
+ROWS, FEW, WIDTHS = 512, 16, (768, 3072)  # tokens of a batch, of a first look, and a feed-forward matrix of BERT's
+REPEATS = 5
+LONGEST = 0.3  # seconds of one measurement; what takes longer in bf16 is worked out from a few rows
+
+Seconds = Callable[[int, bool], float]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured of a machine.
+
+    Attributes:
+        speedup: how many times as fast as fp32 bf16 is.
+    """
+
+    speedup: float
+
+    @property
+    def faster(self) -> bool:
+        """Whether bf16 is used where nothing else is asked for."""
+        return self.speedup >= FASTER
+
+    def __str__(self) -> str:
+        return f"{self.speedup:.2f}x as fast as fp32 here"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run computes in.
+
+    Attributes:
+        bf16: whether under autocast to bf16. Trained weights and the optimizer's states are in fp32 either way.
+        default: whether hybridtune chose it.
+        reason: why it did.
+    """
+
+    bf16: bool
+    default: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'on' if self.bf16 else 'off'}, {'default: ' if self.default else ''}{self.reason}"
+
+
+def choose(recipe: Recipe, device: torch.device, begun: bool | None = None) -> Choice:
+    """What the recipe asks for, and where it asks for nothing, what is faster.
+
+    Args:
+        recipe: its `bf16`, `fp16` and `engine` count.
+        device: that is trained on.
+        begun: what a run that is resumed was begun in: its rest has to be computed in the same.
+
+    Raises:
+        RecipeError: bf16 is asked for, and the device has none.
+    """
+    if (recipe.bf16 if recipe.bf16 is not None else begun) and not has_bf16(device):
+        raise RecipeError(
+            "bf16: true, but this device cannot compute in it",
+            found=machine(device)["device"],
+            mend="leave bf16 away, or give bf16: false",
+        )
+    if recipe.bf16 is not None:
+        return Choice(recipe.bf16, False, "as asked for")
+    if begun is not None:
+        return Choice(begun, True, "as the run was begun")
+    if recipe.fp16:
+        return Choice(False, True, "fp16 is asked for")
+    if recipe.engine == "off":
+        return Choice(False, True, "engine: off")
+    if not has_bf16(device):
+        return Choice(False, True, "this device has none")
+    found = probe(device)
+    return Choice(found.faster, True, str(found))
+
+
+def say(device: torch.device) -> str:
+    """What `choose` does on a device where nothing is asked for, for a person."""
+    if not has_bf16(device):
+        return "not on this device"
+    found = probe(device)
+    return f"{found}: {'used by default' if found.faster else 'not used'}"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 at all; every CPU does, many of them slowly."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" or torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """All that the speed of a product depends on."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def probe(device: torch.device) -> Probe:
+    """What is known of this machine; what is not known yet is measured and kept in the user's cache folder."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hybridtune" / "precision.json"
+    try:
+        kept = read_json(path)
+    except (RunError, OSError):
+        kept = None
+    kept = kept if isinstance(kept, dict) else {}
+    key = " | ".join(map(str, machine(device).values()))
+    known = kept.get(key)
+    if isinstance(known, (int, float)) and math.isfinite(known) and known > 0:
+        return Probe(float(known))
+    found = measure(device)
+    with suppress(RunError, OSError):  # where nothing can be kept, it is measured every time
+        write_json(path, {**kept, key: found})
+    return Probe(found)
+
+
+def measure(device: torch.device) -> float:
+    """How many times as fast as fp32 bf16 is, in less than two seconds also where it is very slow."""
+    return compare(_products(device))
+
+
+def compare(seconds: Seconds) -> float:
+    """The best of several times in fp32 over that in bf16.
+
+    Args:
+        seconds: computes that many rows, in bf16 or in fp32, and says how long it took.
+    """
+    for bf16 in (False, True):  # wakes the libraries up
+        seconds(FEW, bf16)
+    half = _best(seconds, FEW, True) * ROWS / FEW
+    if half <= LONGEST:
+        half = _best(seconds, ROWS, True)
+    return _best(seconds, ROWS, False) / half
+
+
+def _best(seconds: Seconds, rows: int, bf16: bool) -> float:
+    best, spent = math.inf, 0.0
+    for _ in range(REPEATS):
+        took = seconds(rows, bf16)
+        best, spent = min(best, took), spent + took
+        if spent > LONGEST:
+            break
+    return best
+
+
+def _products(device: torch.device) -> Seconds:
+    """Times a linear layer as training has it: forward and both products of its backward, under autocast or not."""
+    width, wide = WIDTHS
+    inputs = torch.ones(ROWS, width, device=device)
+    weight = torch.ones(wide, width, device=device, requires_grad=True)
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def seconds(rows: int, bf16: bool) -> float:
+        part = inputs[:rows].requires_grad_()
+        wait()
+        begin = time.perf_counter()
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = F.linear(part, weight)
+        torch.autograd.grad(outputs, (part, weight), torch.ones_like(outputs))
+        wait()
+        return time.perf_counter() - begin
+
+    return seconds
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in here; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+class Casts:
+    """Copies of a model's frozen linear weights in the type that autocast would cast them to in every forward.
+
+    The weights themselves stay as they are: while `open()` is entered, forwards compute with the copies, and nothing
+    else sees them. A checkpoint in the middle of a stage, a fingerprint, a merge and the user's callbacks find the fp32
+    originals, of which nothing has to be given back. What is trained is never copied, and a copy of what was loaded
+    anew, or trained for a while, is made again.
+
+    Copies take half the bytes of the fp32 weights, beside them, for as long as this object lives. Plain autocast has as
+    much from every forward to its backward, which needs the cast weights.
+
+    Args:
+        model: as a stage has it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._linear = [
+            module
+            for module in model.modules()
+            if type(module).forward is nn.Linear.forward and "weight" in module._parameters  # no parametrization
+        ]
+        self._copies: dict[nn.Module, tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """For forwards and, where layers are computed again in them, their backwards."""
+        with ExitStack() as undo:
+            for module in self._linear:
+                if "forward" not in vars(module):
+                    undo.callback(delattr, module, "forward")
+                    module.forward = partial(self._run, module)  # type: ignore[method-assign]
+            yield
+
+    def weight(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+        """A frozen layer's weight in the type that autocast computes in."""
+        weight = linear.weight
+        state = weight.data_ptr(), weight._version
+        known = self._copies.get(linear)
+        if known is None or known[0] != state or known[-1].dtype != dtype:
+            original = weight.detach()  # kept, so that no other tensor gets its place in memory
+            known = self._copies[linear] = state, original, original.to(dtype)
+        return known[-1]
+
+    def _run(self, linear: Any, inputs: torch.Tensor) -> torch.Tensor:
+        weight, dtype = linear.weight, autocast_type(inputs.device)
+        if dtype is None or weight.requires_grad or weight.dtype != torch.float32:
+            self._copies.pop(linear, None)
+            return nn.Linear.forward(linear, inputs)
+        return F.linear(inputs, self.weight(linear, dtype), linear.bias)
