@@ -121,9 +121,9 @@ def test_against_a_loop() -> None:
                 total -= float(logits[row, column].detach().log_softmax(-1)[label])
                 count += 1
     found = started(model, batch)
-    assert float(chunked(found, batch)) == pytest.approx(total / count, rel=1e-12)
-    assert float(chunked(found, batch, items=70)) == pytest.approx(total / 70, rel=1e-12)
-    assert float(found.loss({"logits": logits}, batch["labels"], 70)) == pytest.approx(total / 70, rel=1e-12)
+    assert chunked(found, batch).item() == pytest.approx(total / count, rel=1e-12)
+    assert chunked(found, batch, items=70).item() == pytest.approx(total / 70, rel=1e-12)
+    assert found.loss({"logits": logits}, batch["labels"], 70).item() == pytest.approx(total / 70, rel=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"bias": "lora_only"}], ids=str)
@@ -308,11 +308,7 @@ def test_other_structures_are_left_alone() -> None:
 
 def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
     """Rows whose labels are their own tokens, the first two left out, of different lengths."""
-    made = tiny.rows(count, seed=seed)
-    return [
-        {**row, "labels": [-100, -100, *row["input_ids"][2:]] if len(row["input_ids"]) > 2 else row["input_ids"]}
-        for row in made
-    ]
+    return [row | {"labels": [-100, -100, *row["input_ids"][2:]]} for row in tiny.rows(count, seed=seed)]
 
 
 def trainer(

@@ -75,7 +75,7 @@ class Vocabulary:
             if hidden.shape[:-1] != labels.shape:
                 raise ValueError(f"hidden states {list(hidden.shape)} for labels {list(labels.shape)}")
             busy = True
-            sums.append(self._sum(hidden.flatten(0, -2)[places], targets))
+            sums.append(self._sum(hidden.flatten(0, -2).index_select(0, places), targets))
             busy = False
             return (hidden[:, :0],)
 
@@ -101,12 +101,14 @@ class Vocabulary:
             labels: which it was not given.
             num_items_in_batch: labelled tokens of the global batch.
         """
-        places, targets = self._labelled(labels)
-        total: torch.Tensor = (
-            outputs["loss"] if "loss" in outputs else summed(outputs["logits"].flatten(0, -2)[places], targets)
-        )
-        items = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return total / torch.as_tensor(items).clamp(min=1)
+        items, total = num_items_in_batch, outputs.get("loss")
+        if total is None:
+            places, targets = self._labelled(labels)
+            total = summed(outputs["logits"].flatten(0, -2).index_select(0, places), targets)
+        if items is None:
+            items = labels[:, self.shift :].ne(IGNORED).sum()
+        loss: torch.Tensor = total / torch.as_tensor(items).clamp(min=1)
+        return loss
 
     def _labelled(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Places of the hidden states that labels are about, counted row by row, and these labels."""
