@@ -194,7 +194,7 @@ def save_delta(source: Path, to: Path, strategy: str) -> Callable[[], Any]:
     loaded = models.load(str(source), AUTO)
     base = checkpoint.Base(str(source), None, models.fingerprint(loaded.model, loaded.new), AUTO, {})
     assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
-    full, _ = resolve(load_strategy(strategy), Training(), assembly.anatomy, models.width(loaded.model))
+    full, _ = resolve(load_strategy(strategy), Training(), assembly, models.width(loaded.model))
     for stage in full.stages:
         assembly.begin(stage)
     shutil.rmtree(to, ignore_errors=True)

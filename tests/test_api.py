@@ -314,6 +314,22 @@ def test_evaluate_run(race: hybridtune.Run, tmp_path: Path) -> None:
         api.evaluate_run(race.folder, [{"text": "good", "label": "ham"}, {"text": "bad", "label": None}])
 
 
+# Going on from a run
+
+
+def test_a_prompt_that_is_kept_leaves_less_room_for_the_text(
+    tune: Callable[..., hybridtune.Run], tmp_path: Path
+) -> None:
+    tiny.classifier("bert", max_position_embeddings=40).base_model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    prompt = [{"rules": [{"part": "embeddings", "method": "prompt", "num_virtual_tokens": 12}]}]
+    first = tune(model=str(tmp_path / "base"), strategy=prompt)
+    for previous, room in (("keep", 28), ("drop", 40)):
+        stages = [{"rules": [HEAD], "previous": previous}]
+        then = tune(model=str(first.folder), strategy=stages, output=str(tmp_path / previous))
+        assert json.loads((then.folder / "model" / "hybridtune.json").read_text())["max_length"] == room
+
+
 # The order of things
 
 
@@ -536,6 +552,19 @@ def test_overwrite_replaces_the_run_and_leaves_other_files(tune: Callable[..., h
     assert (run.folder / "plots").is_dir()
     assert not (run.folder / "trials" / "head").exists()
     assert read(again, "environment.json")["date"] >= first["date"]
+
+
+@pytest.mark.parametrize("inside", [".", "model", "stages/1-head", "trials/../model"])
+def test_overwrite_never_removes_the_model_to_start_from(
+    tune: Callable[..., hybridtune.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    run = tune()
+    before = files(run.folder)
+    monkeypatch.chdir(tmp_path)
+    for output, model in ((str(run.folder), f"run/{inside}"), ("run", str(run.folder / inside))):
+        with pytest.raises(RunError, match=r"run holds the model to start from\n.*another output"):
+            tune(model=model, output=output, overwrite=True)
+    assert files(run.folder) == before
 
 
 @pytest.mark.parametrize("keys", [{}, {"overwrite": True}, {"resume": True}])

@@ -15,10 +15,10 @@ from torch import nn
 from hybridtune import methods
 from hybridtune import model as models
 from hybridtune.anatomy import Anatomy
-from hybridtune.compose import Assembly, Composition, rehearse
+from hybridtune.compose import Assembly, Composition
 from hybridtune.errors import MethodError, PartError, RecipeError
 from hybridtune.recipe import Rule, Stage, Strategy, Training, built_in_strategies, load_strategy
-from hybridtune.resolve import STAGE_DEFAULTS, resolve
+from hybridtune.resolve import STAGE_DEFAULTS, plan, resolve
 
 NEW = ("classifier.weight", "classifier.bias")
 RULES = list[tuple[str, str] | tuple[str, str, dict[str, object]]]
@@ -273,6 +273,14 @@ def test_the_same_rule_in_a_later_stage_trains_the_same_parameters_on() -> None:
     assert torch.equal(tiny.logits(made.model), output)
 
 
+def test_rules_that_claim_different_things_are_different_ones() -> None:
+    """A new bias for matrices without one claims nothing of the model's own."""
+    made = assembly("t5", ())
+    made.begin(stage([("layers.mlp", "bias")]))
+    second = made.begin(stage([("head", "bias")]))
+    assert set(second.names) == {n for n in made.anatomy.part("head").parameters if n.endswith(".bias")} != set()
+
+
 @pytest.mark.parametrize("later", ["freeze", "full"])
 def test_a_kept_lora_is_not_trained_on_where_a_later_rule_wins(later: str) -> None:
     made = assembly()
@@ -317,15 +325,15 @@ def test_drop_lets_adapters_be_put_on_again() -> None:
 
 
 def test_merging_adapters_is_refused() -> None:
-    """By begin(); and by rehearse(), which is before anything is trained."""
+    """By begin(); and by resolve(), which is before anything is trained."""
     made = assembly()
     adapters, merging = stage([("layers", "adapter")]), stage([("head", "full")], previous="merge")
     with pytest.raises(MethodError, match=r"stage 2 \(full\): layers: adapter cannot be merged.*\n.*previous"):
-        rehearse(resolved(made, adapters, merging), made)
+        resolved(made, adapters, merging)
     with pytest.raises(MethodError, match="cannot be merged"):
-        rehearse(resolved(made, adapters, stage([("layers", "lora")]), merging), made)  # kept in between
-    left = rehearse(resolved(made, adapters, stage([("layers", "lora")], previous="drop"), merging), made)
-    assert all(parameter.is_meta for parameter in left.model.parameters())
+        resolved(made, adapters, stage([("layers", "lora")]), merging)  # kept in between
+    resolved(made, adapters, stage([("layers", "lora")], previous="drop"), merging)
+    assert not made.attachments, "it was tried on a copy"
     made.begin(adapters)
     before = [n for n, _ in made.model.named_parameters()]
     with pytest.raises(MethodError, match=r"layers: adapter cannot be merged.*\n.*previous: keep or drop"):
@@ -334,6 +342,69 @@ def test_merging_adapters_is_refused() -> None:
 
 
 # --- resolve()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ranks"),
+    [
+        ("layers", "layers", {4}),
+        ("layers.attention.q", "re:.*query", {4}),  # the same matrices by another name
+        ("layers[0]", "layers", {4}),  # and some more
+        ("layers[0]", "layers[1]", {4, 16}),
+    ],
+)
+def test_a_rule_takes_what_it_does_not_say_from_what_an_earlier_stage_has_put_there(
+    first: str, second: str, ranks: set[int]
+) -> None:
+    made = assembly()
+    lora = Stage(rules=[_rule(first, "lora", r=4, lora_dropout=0.5)])
+    between, again = Stage(rules=[_rule("head")]), Stage(rules=[_rule(second, "lora")])
+    strategy, defaults = resolve(Strategy(name="s", stages=[lora, between, again]), Training(), made, 32)
+    assert "stages.2.rules.0.r" in defaults
+    for one in strategy.stages[:-1]:
+        made.begin(one)
+    before = set(made.added)
+    composition = made.begin(strategy.stages[-1])
+    assert {made.parameter(name).shape[0] for name in made.added if ".lora_A." in name} == ranks
+    assert before <= set(composition.names) or ranks == {4, 16}
+    assert bases(composition) == set(made.anatomy.part(second).matrices)
+
+
+@pytest.mark.parametrize("previous", ["merge", "drop"])
+def test_a_rule_takes_nothing_from_what_is_there_no_more(previous: str) -> None:
+    stages = [Stage(rules=[_rule("layers", "lora", r=4)]), Stage(rules=[_rule("layers", "lora")], previous=previous)]
+    assert resolved(assembly(), *stages).stages[1].rules[0].options["r"] == 16
+
+
+@pytest.mark.parametrize(
+    ("stages", "positions"),
+    [
+        ([[("layers", "lora")]], 7),
+        ([[("head", "full")], [("layers", "lora")]], 7),
+        ([[("embeddings", "prompt")]], 7),  # that which is there
+        ([Stage(rules=[Rule(part="layers", method="lora")], previous="drop")], 0),
+        ([Stage(rules=[Rule(part="embeddings", method="prompt", num_virtual_tokens=3)], previous="drop")], 3),
+        ([Stage(rules=[Rule(part="head", method="full")], previous="drop"), [("embeddings", "prompt")]], 20),
+    ],
+)
+def test_what_is_on_the_start_takes_positions_until_it_is_dropped(stages: list[Stage | RULES], positions: int) -> None:
+    made = assembly()
+    made.begin(stage([("embeddings", "prompt", {"num_virtual_tokens": 7})]))
+    asked = [one if isinstance(one, Stage) else Stage(rules=[_rule(*rule) for rule in one]) for one in stages]
+    assert plan(Strategy(name="s", stages=asked), Training(), made, 32).positions == positions
+
+
+def test_every_stage_is_tried_before_the_next_is_filled_in() -> None:
+    """On a copy: the model itself stays as it was."""
+    made = assembly()
+    before = [name for name, _ in made.model.named_parameters()]
+    merging = Stage(name="last", rules=[_rule("head")], previous="merge")
+    with pytest.raises(MethodError, match=r"strategy s, stage 2 \(last\): layers: adapter cannot be merged"):
+        resolved(made, [("layers", "adapter")], merging)
+    assert [name for name, _ in made.model.named_parameters()] == before
+    assert made.attachments == []
+    left = plan(Strategy(name="s", stages=[Stage(rules=[_rule("layers", "adapter")])]), Training(), made, 32)
+    assert list(left.unmergeable) == ["layers: adapter"]
 
 
 def test_values_come_from_the_rule_then_the_stage_then_the_recipe_then_the_method() -> None:
@@ -446,7 +517,6 @@ def test_built_in_strategies_fit_every_architecture(strategy: str, architecture:
     for one in asked.stages:
         assert all(getattr(one, key) is not None for key in STAGE_DEFAULTS)
         assert all(rule.learning_rate and rule.weight_decay is not None for rule in one.rules)
-    rehearse(asked, Assembly(model, Anatomy(model, head)))
     assert torch.isfinite(tiny.logits(model)).all()
 
 

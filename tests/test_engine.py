@@ -15,6 +15,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
+from hybridtune.engine import dropout, lora
 from hybridtune.engine.layout import Layout
 from hybridtune.engine.seam import Seam
 from hybridtune.layers import find_stacks
@@ -260,7 +261,7 @@ def test_a_model_that_gives_other_logits_is_left_alone() -> None:
     model.bert.encoder.layer[1].output.register_forward_hook(lambda module, args, out: out + out.roll(1, dims=1))
     found = engine.start(model, engine.sample(padded()))
     assert not found.on
-    assert "other logits" in found.reason
+    assert "its logits would be others" in found.reason
 
 
 def test_random_layers_are_no_case_for_it() -> None:
@@ -276,3 +277,163 @@ def test_rows_of_one_length_are_no_sample() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert engine.start(shaken(tiny.classifier("bert")), rows).on
+
+
+@pytest.mark.parametrize("tokens", [3, 200], ids=["thin", "folded"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fast_lora_against_the_formula(tokens: int, bias: bool) -> None:
+    """Output and all gradients, in both orders of multiplication."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, tokens, 24, requires_grad=True), torch.randn(40, 24)
+    b = torch.randn(40) if bias else None
+    down, up = torch.randn(4, 24, requires_grad=True), torch.randn(40, 4, requires_grad=True)
+    tensors = [tensor if tensor is None else tensor.detach().double() for tensor in (x, weight, b, down, up)]
+    for tensor in (tensors[0], tensors[3], tensors[4]):
+        assert tensor is not None
+        tensor.requires_grad_()
+    found = lora._Product.apply(*tensors, 0.7)
+    expected = x.double() @ weight.double().T + 0.7 * (x.double() @ down.double().T) @ up.double().T
+    expected = expected + b.double() if b is not None else expected
+    torch.testing.assert_close(found, expected)
+    signal = torch.randn_like(found)
+    found.backward(signal)
+    expected.backward(signal)
+    for tensor, one in ((tensors[0], x), (tensors[3], down), (tensors[4], up)):
+        assert tensor is not None
+        torch.testing.assert_close(tensor.grad.float(), one.grad, rtol=1e-5, atol=1e-4)
+
+
+def on_model(**options: Any) -> tuple[nn.Module, list[str]]:
+    model, found = shaken(tiny.classifier("bert")), methods.load("lora")
+    part = Anatomy(model).part("layers")
+    names = found.attach(model, part, methods.options_of(found, {"r": 2, **options}))
+    tiny.shake((model.get_parameter(name) for name in names), by=0.3)
+    model.requires_grad_(False)
+    for name in names:
+        model.get_parameter(name).requires_grad_()
+    return model.eval().double(), names
+
+
+@pytest.mark.parametrize(
+    ("options", "fast"), [({}, 18), ({"use_rslora": True}, 18), ({"use_dora": True}, 0), ({"lora_dropout": 0.3}, 18)]
+)
+def test_fast_lora_gives_what_peft_gives(options: dict[str, Any], fast: int) -> None:
+    model, names = on_model(**options)
+    expected, gradients = answer(model, padded())
+    with engine.Engine(None, modules=tuple(model.modules())).open():
+        taken = [module for module in model.modules() if "forward" in vars(module) and hasattr(module, "lora_A")]
+        assert len(taken) == fast
+        found, ours = answer(model, padded())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name in names:
+        torch.testing.assert_close(ours[name], gradients[name], rtol=1e-4, atol=1e-6)
+    assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_lora_with_its_own_dropout_in_training_is_pefts() -> None:
+    model, _ = on_model(lora_dropout=0.5)
+    no_other_dropout = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p != 0.5]
+    for module in no_other_dropout:
+        module.p = 0.0
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    model.train()
+    torch.manual_seed(3)
+    expected = model(**padded()).logits
+    with engine.Engine(None, modules=tuple(m for m in model.modules() if not isinstance(m, nn.Dropout))).open():
+        torch.manual_seed(3)
+        assert torch.equal(model(**padded()).logits, expected)
+
+
+def test_lora_with_an_adapter_on_the_same_matrix() -> None:
+    """What else sits on the matrices goes on doing so."""
+    model = shaken(tiny.classifier("bert"))
+    assembly = Assembly(model, Anatomy(model))
+    for method, options in (("lora", {"r": 2}), ("adapter", {"bottleneck": 4}), ("bias", {})):
+        found = methods.load(method)
+        names = found.attach(model, assembly.anatomy.part("layers"), methods.options_of(found, options))
+        tiny.shake((model.get_parameter(name) for name in names), by=0.3)
+    expected, gradients = answer(model.eval(), padded())
+    with engine.Engine(None, modules=tuple(model.modules())).open():
+        found_, ours = answer(model, padded())
+    torch.testing.assert_close(found_, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.01])
+def test_fast_dropout_is_dropout(p: float) -> None:
+    """Shares, scale, independence of neighbours, gradients and the generator's state."""
+    x = torch.ones(400, 500, requires_grad=True)
+    torch.manual_seed(0)
+    y = dropout._Dropout.apply(x, p)
+    kept = y != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=4 * (p * (1 - p) / 200_000) ** 0.5)
+    torch.testing.assert_close(y[kept], torch.full((int(kept.sum()),), 1 / (1 - p)), rtol=1e-3, atol=0)
+    for shift in (1, 2, 3, 4, 500):
+        flat = kept.flatten().float()
+        share = float(((1 - flat[:-shift]) * (1 - flat[shift:])).mean())
+        assert share == pytest.approx(p * p, abs=5 * (p * p / 200_000) ** 0.5)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, kept)
+    torch.manual_seed(0)
+    assert torch.equal(dropout._Dropout.apply(x, p), y)
+    assert not torch.equal(dropout._Dropout.apply(x, p), y)
+
+
+def test_dropout_in_evaluation_and_of_zero_is_none() -> None:
+    layers = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5)).eval()
+    with engine.Engine(None, modules=tuple(layers.modules())).open():
+        assert torch.equal(layers(torch.ones(9)), torch.ones(9))
+        assert not torch.equal(layers.train()(torch.ones(99)), torch.ones(99))
+
+
+@pytest.mark.parametrize("masked", ["no", "causal", "bool", "added"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_fast_attention_against_the_formula(masked: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same drawn mask, output and gradients are those of the plainest code."""
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 6, 8, dtype=torch.double, requires_grad=True) for heads in (4, 4 // groups, 4 // groups)
+    )
+    kept = torch.rand(2, 4, 6, 6) > 0.3
+    monkeypatch.setattr(dropout, "_drawn", lambda shape, p: (kept, 1 / 0.7))
+    seen = {"no": None, "causal": None, "bool": torch.rand(2, 1, 6, 6) > 0.4, "added": torch.randn(2, 1, 6, 6).double()}
+    mask = seen[masked]
+    if masked == "bool":
+        mask |= torch.eye(6, dtype=torch.bool)
+    module = nn.Module()
+    module.num_key_value_groups = groups
+    found, _ = dropout.attention(module, query, key, value, mask, 0.3, 0.5, is_causal=masked == "causal")
+    scores = 0.5 * query @ key.repeat_interleave(groups, 1).transpose(-1, -2)
+    if masked in ("causal", "bool"):
+        see = torch.ones(6, 6, dtype=torch.bool).tril() if masked == "causal" else mask
+        scores = scores.masked_fill(~see, -torch.inf)
+    scores = scores + mask if masked == "added" else scores
+    expected = (scores.softmax(-1) * kept / 0.7 @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    signal = torch.randn_like(found)
+    ours = torch.autograd.grad(found, (query, key, value), signal)
+    theirs = torch.autograd.grad(expected, (query, key, value), signal)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3"])
+def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And drops: two forwards differ; with a probability of nearly nothing they are the model's own."""
+    config = {"attention_dropout": 0.5}
+    if name == "bert":
+        config = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    model = shaken(tiny.classifier(name, **config)).train()
+    calls, own = [], dropout.attention
+    monkeypatch.setattr(dropout, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    with seam_of(model).open():
+        first, second = model(**padded()).logits, model(**padded()).logits
+    assert calls
+    assert not torch.allclose(first, second)
+    monkeypatch.setattr(dropout, "_drawn", lambda shape, p: (torch.ones(shape, dtype=torch.bool), 1.0))
+    with seam_of(model).open():
+        whole = model(**padded()).logits
+    torch.testing.assert_close(whole, model.eval()(**padded()).logits, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from elsewhere import OURS, in_a_new_process
 
 from hybridtune import checkpoint, methods
 from hybridtune.anatomy import Anatomy, Part
-from hybridtune.compose import Assembly, rehearse
+from hybridtune.compose import Assembly
 from hybridtune.errors import MethodError, PartError, RunError
 from hybridtune.layers import Block
 from hybridtune.recipe import Rule, Stage, Strategy, Training
@@ -222,7 +222,6 @@ def draw_sets(home: Path, seed: int) -> Drawn:
         rules, anatomy = draw_rules(pick, architecture), plain[architecture].anatomy
         try:
             strategy, _ = resolve(Strategy(name="s", stages=[Stage(rules=rules)]), Training(), plain[architecture], 32)
-            rehearse(strategy, plain[architecture])
         except (MethodError, PartError) as error:
             refused[type(error).__name__] += 1
             continue

@@ -852,8 +852,8 @@ class TestOffline:
 
 def resolved(setting: trial.Setting, name: str) -> Strategy:
     """A built-in strategy with every value, as a race gets it."""
-    bare, training = setting.bare, Training(num_train_epochs=2)
-    return resolve(load_strategy(name), training, bare, models.width(bare.model))[0]
+    start = setting.load().assembly
+    return resolve(load_strategy(name), Training(num_train_epochs=2), start, models.width(start.model))[0]
 
 
 class TestTrial:
@@ -879,8 +879,7 @@ class TestTrial:
             name: Dataset.from_list([row | {"length": len(row["input_ids"]), "unknown": 0} for row in table])
             for name, table in rows.items()
         }
-        bare = trial.load(recipe, task).assembly
-        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, bare)
+        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], 64, plans=())
 
     def test_what_it_found_is_what_its_checkpoint_gives(self, setting: trial.Setting, tmp_path: Path) -> None:
         found = trial.run(setting, resolved(setting, "lora"), 3, tmp_path / "trial")

@@ -168,6 +168,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, console: Console | None 
 
     Raises:
         DataError: the data cannot be tuned on as it is.
+        UserError: the model cannot be loaded, or a strategy cannot be kept on it; both say how long texts may be.
     """
     console = console or Console()
     asked = Recipe.make(recipe)

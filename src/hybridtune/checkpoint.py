@@ -181,13 +181,13 @@ def rebuild(
         manifest: its manifest.
         loaded: its base.
         new: names of what counts as new on it.
-        without: names of changed tensors that stay as the base has them.
+        without: names of tensors that stay as the base has them, with nothing on them.
 
     Raises:
         RunError: the file is damaged or is not of this structure.
     """
     assembly = Assembly(loaded.model, Anatomy(loaded.model, new))
-    assembly.put_again(map(Attachment.from_dict, manifest["attachments"]))
+    assembly.put_again(map(Attachment.from_dict, manifest["attachments"]), without)
     assembly.changed = set(manifest["changed"]) - set(without)
     load_tensors(folder, assembly)
     return assembly

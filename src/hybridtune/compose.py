@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -131,6 +131,12 @@ class Assembly:
         """Names of all tensors that a checkpoint needs on top of the loaded model."""
         return tuple(sorted(self.changed)) + self.added
 
+    @property
+    def positions(self) -> int:
+        """How many positions of the model's sequence are taken by what is on it, as soft prompts are."""
+        there = (self._read(attachment.rule) for attachment in self.attachments)
+        return sum(rule.method.positions(rule.options) for rule in there)
+
     def begin(self, stage: Stage) -> Composition:
         """Deals with what the stage before added, puts the stage's methods on the model and says what to train.
 
@@ -165,10 +171,13 @@ class Assembly:
         self.changed.update(name for name in composition.names if name not in added)
         return composition
 
-    def put_again(self, attachments: Iterable[Attachment]) -> None:
-        """Puts attachments of a manifest on a freshly loaded model."""
+    def put_again(self, attachments: Iterable[Attachment], without: Collection[str] = ()) -> None:
+        """Puts attachments of a manifest on a freshly loaded model, less what sits on some of its parameters."""
         for attachment in attachments:
-            self._attach(self._read(attachment.rule), set(attachment.less))
+            rule = self._read(attachment.rule)
+            under = self._claimed_by(attachment) or set(rule.part.parameters)
+            if not under <= set(without):
+                self._attach(rule, {*attachment.less, *without})
 
     def unmergeable(self) -> dict[str, str]:
         """What cannot be folded into the model's own weights, and why."""
@@ -221,8 +230,7 @@ class Assembly:
         claims, lost = set(rule.claims) - less, set(less)
         for there in self.attachments:
             covered = self._claimed_by(there)
-            same = (there.method, there.options) == (rule.rule.method, rule.options.model_dump())
-            if same and (there.part == rule.part.name or (claims and claims >= covered)):
+            if there.options == rule.options.model_dump() and self._means(rule, there, less):
                 given_up = tuple(f"{tensor.removesuffix('.weight')}." for tensor in covered & less)
                 names += [name for name in there.trained if not name.startswith(given_up)]
                 lost |= covered
@@ -252,13 +260,15 @@ class Assembly:
         return names
 
     def found(self, rule: Rule) -> Attachment | None:
-        """What is there already of a rule: the same method on the same part, or on the same matrices."""
+        """What an earlier stage has attached that a rule goes on with, whatever its options."""
         mine = self._read(rule)
-        for there in self.attachments:
-            same = there.part == mine.part.name or set(mine.claims) == self._claimed_by(there) != set()
-            if there.method == rule.method and same:
-                return there
-        return None
+        return next((there for there in self.attachments if self._means(mine, there)), None)
+
+    def _means(self, rule: _Rule, there: Attachment, less: Collection[str] = ()) -> bool:
+        """Whether a rule is about what is there: by the name of its part, or since it claims all that there is."""
+        covered = self._claimed_by(there)
+        all_of_it = bool(covered) and set(rule.claims) - set(less) >= covered
+        return there.method == rule.rule.method and (there.part == rule.part.name or all_of_it)
 
     def _claimed_by(self, attachment: Attachment) -> set[str]:
         return set(self._read(attachment.rule).claims) - set(attachment.less)
@@ -367,20 +377,14 @@ def skeleton(assembly: Assembly) -> Assembly:
     return copy.deepcopy(assembly, memo)
 
 
-def rehearse(strategy: Strategy, assembly: Assembly) -> Assembly:
-    """Puts all stages of a resolved strategy on a copy of a model without its numbers, one after the other.
-
-    Returns:
-        What the last stage would leave: what its model could be handed over as follows from it.
+def try_out(assembly: Assembly, strategy: Strategy, number: int, stage: Stage) -> None:
+    """Begins one stage of a strategy, resolved, on a model without its numbers.
 
     Raises:
-        PartError, MethodError: a rule cannot be kept, or a stage cannot merge or drop what is there.
+        PartError, MethodError: a rule cannot be kept, or what is there cannot be merged or dropped; the stage is named.
     """
-    assembly = skeleton(assembly)
-    for number, stage in enumerate(strategy.stages):
-        try:
-            assembly.begin(stage)
-        except MethodError as error:
-            problem = f"strategy {strategy.name}, stage {number + 1} ({stage.name}): {error.problem}"
-            raise MethodError(problem, found=error.found, expected=error.expected, mend=error.mend) from None
-    return assembly
+    try:
+        assembly.begin(stage)
+    except MethodError as error:
+        problem = f"strategy {strategy.name}, stage {number + 1} ({stage.name}): {error.problem}"
+        raise MethodError(problem, found=error.found, expected=error.expected, mend=error.mend) from None

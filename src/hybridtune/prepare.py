@@ -16,13 +16,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 from . import console as consoles
 from . import model as models
 from . import trial
-from .compose import rehearse, skeleton
 from .console import Console
 from .data import check, read, split
 from .data.files import READ_AS
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training
-from .resolve import positions, resolve
+from .resolve import plan
 from .stage import arguments_of
 from .tasks import Task
 from .trial import Setting
@@ -185,17 +184,21 @@ def setting_of(
     callbacks: Sequence[TrainerCallback] = (),
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
 ) -> tuple[Setting, dict[str, Any]]:
-    """Loads the model once, to cut the rows into tokens and to take its fingerprint.
+    """Loads the model once, to plan every candidate on it and to cut the rows into what tokens they leave room for.
 
     Returns:
         What all trials share, and what data.json says of the rows' lengths.
 
     Raises:
         ModelError: the model cannot be loaded or cannot do the task.
+        PartError, MethodError, RecipeError: a rule cannot be kept on this model.
     """
     start = trial.load(recipe, task)
     loaded = start.loaded
-    taken = max(map(positions, recipe.strategies()))
+    training = Training(**{key: getattr(recipe, key) for key in Training.model_fields})
+    width = models.width(loaded.model)
+    plans = [plan(strategy, training, start.assembly, width) for strategy in recipe.strategies()]
+    taken = max(one.positions for one in plans)
     limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length, taken)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
     lengths = {name: check.length_summary(np.asarray(table["length"][:]), limit) for name, table in encoded.items()}
@@ -223,7 +226,7 @@ def setting_of(
         encoded["train"],
         encoded["validation"],
         limit,
-        skeleton(start.assembly),
+        plans,
         callbacks,
         compute_metrics,
     )
@@ -231,35 +234,31 @@ def setting_of(
 
 
 def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[str]]:
-    """Resolves every candidate and tries its rules on the model without its numbers, so that none fails after hours.
+    """Says what every candidate will do, and tries the training arguments of its stages.
 
     Returns:
         The strategies with every value, and the dotted paths of those values that are defaults.
 
     Raises:
-        PartError, MethodError, RecipeError: a rule cannot be kept on this model.
+        RecipeError: a value that TrainingArguments does not take.
     """
-    resolved, defaults, arguments = [], [], _arguments(setting)
-    bare = setting.bare
-    width = models.width(bare.model)
-    training = Training(**{key: getattr(setting.recipe, key) for key in Training.model_fields})
-    for number, strategy in enumerate(setting.recipe.strategies()):
-        full, chosen = resolve(strategy, training, bare, width)
-        left = rehearse(full, bare)
+    defaults, arguments = [], _arguments(setting)
+    for number, made in enumerate(setting.plans):
+        full = made.strategy
         for stage in full.stages:
             arguments_of(arguments, stage, Path(setting.recipe.output), evaluates=True)
-        resolved.append(full)
-        defaults += [f"strategy.{number}.{path}" for path in chosen]
+        defaults += [f"strategy.{number}.{path}" for path in made.defaults]
         console.line(f"  {full.name}" + (f": {full.title}" if full.title else ""))
         for at, stage in enumerate(full.stages):
             length = _length(stage)
             console.line(f"    {at + 1}. {stage.name}, {length}, batch {stage.per_device_train_batch_size}", "dim")
             for n, rule in enumerate(stage.rules):
-                chosen_here = {path.rpartition(".")[2] for path in chosen if path.startswith(f"stages.{at}.rules.{n}.")}
-                console.line(f"       {_say_rule(rule, chosen_here)}", "dim")
-        for name, reason in left.unmergeable().items():
+                here = f"stages.{at}.rules.{n}."
+                chosen = {path.removeprefix(here) for path in made.defaults if path.startswith(here)}
+                console.line(f"       {_say_rule(rule, chosen)}", "dim")
+        for name, reason in made.unmergeable.items():
             console.line(f"    cannot become a plain checkpoint: {name}: {reason}", "dim")
-    return resolved, defaults
+    return [made.strategy for made in setting.plans], defaults
 
 
 def _arguments(setting: Setting) -> TrainingArguments:
@@ -293,9 +292,10 @@ def _say_rule(rule: Rule, defaults: set[str]) -> str:
 
 
 def _length(stage: Stage) -> str:
-    number, unit = (stage.max_steps, "step") if stage.max_steps else (stage.num_train_epochs, "epoch")
-    said = f"{number:g} {unit}" + ("" if number == 1 else "s")
-    return said + (f" or {consoles.seconds(stage.max_seconds)}" if stage.max_seconds else "")
+    """How long a stage is: the first of its limits that is reached."""
+    limits = [(stage.num_train_epochs, "epoch"), (stage.max_steps, "step")]
+    said = [f"{number:g} {unit}" + ("" if number == 1 else "s") for number, unit in limits if number]
+    return " or ".join([*said, *([consoles.seconds(stage.max_seconds)] if stage.max_seconds else [])])
 
 
 def _short(value: Any) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from . import methods
-from .compose import Assembly
+from .compose import Assembly, skeleton, try_out
 from .recipe import Rule, Stage, Strategy, Training
 
 _Keys = TypeVar("_Keys", bound=Training)
@@ -26,14 +27,34 @@ STAGE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def resolve(
+@dataclass(frozen=True)
+class Plan:
+    """A strategy with every value, and what trying it on the model has shown.
+
+    Attributes:
+        strategy: with every value.
+        defaults: dotted paths of the values that were not given.
+        positions: of the model's sequence that are taken at most: what soft prompts need beside the text.
+        unmergeable: what the last stage leaves that cannot be folded into the model's own weights, and why.
+    """
+
+    strategy: Strategy
+    defaults: list[str]
+    positions: int
+    unmergeable: dict[str, str]
+
+
+def plan(
     strategy: Strategy,
     training: Training,
     start: Assembly,
     width: int,
     stage_defaults: dict[str, Any] = STAGE_DEFAULTS,
-) -> tuple[Strategy, list[str]]:
+) -> Plan:
     """Fills in all that was not given: the recipe's value first, then the default of the method or of a stage.
+
+    Every stage is tried on a copy of the model without its numbers before the next one is filled in: rules take what
+    they do not say from what is there, and none fails after hours.
 
     Args:
         strategy: as asked for.
@@ -42,50 +63,72 @@ def resolve(
         width: the model's hidden width.
         stage_defaults: for keys that neither stage nor recipe gives.
 
-    Returns:
-        The strategy with every value, and the dotted paths of those that are defaults.
-
     Raises:
-        PartError, MethodError, RecipeError: a part, method or option does not exist on this model.
+        PartError, MethodError, RecipeError: a part, method or option does not exist on this model, a rule cannot be
+            kept, or a stage cannot merge or drop what is there.
     """
-    stages, defaults, anatomy = [], [], start.anatomy
-    training = _saving(training)
+    stages, defaults, positions = [], list[str](), 0
+    bare, training = skeleton(start), _saving(training)
     for number, asked in enumerate(map(_saving, _repeated(strategy.stages))):
-        stage = asked.model_copy(deep=True)
-        if number == 0 and anatomy.new and all(rule.part != "new" for rule in stage.rules):
-            frozen = [
-                n for n, rule in enumerate(stage.rules) if rule.part == "all" and methods.load(rule.method).FREEZES
-            ]
-            stage.rules.insert(max(frozen, default=-1) + 1, Rule(part="new", method="full"))
         here = f"stages.{number}"
-        for key, value in stage_defaults.items():
-            if getattr(stage, key) is None:
-                given = getattr(training, key)
-                setattr(stage, key, value if given is None else given)
-                if given is None:
-                    defaults.append(f"{here}.{key}")
-        for key in Training.model_fields:
-            if key == "max_steps" and asked.num_train_epochs is not None:
-                continue  # the stage gives its own length
-            if getattr(stage, key) is None and getattr(training, key) is not None:
-                setattr(stage, key, getattr(training, key))
-        if stage.max_steps is not None and f"{here}.num_train_epochs" in defaults:
-            stage.num_train_epochs = None
-            defaults.remove(f"{here}.num_train_epochs")
+        stage = _resolve_stage(asked, training, stage_defaults, here, defaults)
+        if number == 0 and bare.anatomy.new:
+            _train_new(stage)
         rules = [
-            _resolve_rule(rule, stage, start, number == 0, width, f"{here}.rules.{n}", defaults)
-            for n, rule in enumerate(stage.rules)
+            _resolve_rule(rule, stage, bare, width, f"{here}.rules.{n}", defaults) for n, rule in enumerate(stage.rules)
         ]
         stages.append(stage.model_copy(update={"rules": rules}))
-    return strategy.model_copy(update={"stages": stages}), defaults
+        try_out(bare, strategy, number, stages[-1])
+        positions = max(positions, bare.positions)
+    return Plan(strategy.model_copy(update={"stages": stages}), defaults, positions, bare.unmergeable())
 
 
-def _resolve_rule(
-    rule: Rule, stage: Stage, start: Assembly, first: bool, width: int, here: str, defaults: list[str]
-) -> Rule:
+def resolve(
+    strategy: Strategy,
+    training: Training,
+    start: Assembly,
+    width: int,
+    stage_defaults: dict[str, Any] = STAGE_DEFAULTS,
+) -> tuple[Strategy, list[str]]:
+    """The strategy and the defaults of its `plan`."""
+    made = plan(strategy, training, start, width, stage_defaults)
+    return made.strategy, made.defaults
+
+
+def _resolve_stage(
+    asked: Stage, training: Training, stage_defaults: dict[str, Any], here: str, defaults: list[str]
+) -> Stage:
+    """A stage with every value but those of its rules."""
+    stage = asked.model_copy(deep=True)
+    if asked.num_train_epochs is not None or asked.max_steps is not None:  # the stage gives its own length
+        training = training.model_copy(update={"num_train_epochs": None, "max_steps": None})
+    for key, value in stage_defaults.items():
+        if getattr(stage, key) is None:
+            given = getattr(training, key)
+            setattr(stage, key, value if given is None else given)
+            if given is None:
+                defaults.append(f"{here}.{key}")
+    for key in Training.model_fields:
+        if getattr(stage, key) is None and getattr(training, key) is not None:
+            setattr(stage, key, getattr(training, key))
+    if stage.max_steps is not None and f"{here}.num_train_epochs" in defaults:
+        stage.num_train_epochs = None
+        defaults.remove(f"{here}.num_train_epochs")
+    return stage
+
+
+def _train_new(stage: Stage) -> None:
+    """Gives weights that the checkpoint did not have a rule of their own, where the first stage has none for them."""
+    if any(rule.part == "new" for rule in stage.rules):
+        return
+    frozen = [n for n, rule in enumerate(stage.rules) if rule.part == "all" and methods.load(rule.method).FREEZES]
+    stage.rules.insert(max(frozen, default=-1) + 1, Rule(part="new", method="full"))
+
+
+def _resolve_rule(rule: Rule, stage: Stage, on: Assembly, width: int, here: str, defaults: list[str]) -> Rule:
     method = methods.load(rule.method)
-    part = start.anatomy.part(rule.part)
-    there = start.found(rule) if first and stage.previous == "keep" else None
+    part = on.anatomy.part(rule.part)
+    there = on.found(rule) if stage.previous == "keep" else None
     options = methods.options_of(method, {**(there.options if there else {}), **rule.options}).model_dump()
     defaults.extend(f"{here}.{key}" for key in options if key not in rule.options)
     rate, decay = rule.learning_rate or stage.learning_rate, rule.weight_decay
@@ -120,17 +163,3 @@ def _repeated(stages: list[Stage]) -> list[Stage]:
             name = stage.name if not stage.repeat else f"{stage.name}-{number}"
             told.append(stage.model_copy(update={"name": name, "repeat": None}, deep=True))
     return told
-
-
-def positions(strategy: Strategy) -> int:
-    """How many positions of the model's sequence a strategy takes at most: what soft prompts need beside the text.
-
-    Raises:
-        MethodError, RecipeError: a method or option does not exist.
-    """
-
-    def taken(rule: Rule) -> int:
-        method = methods.load(rule.method)
-        return method.positions(methods.options_of(method, rule.options))
-
-    return max(sum(map(taken, stage.rules)) for stage in strategy.stages)

@@ -6,6 +6,7 @@ stage's `previous: keep / merge / drop` says whether it is trained further, fold
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -23,11 +24,13 @@ from .checkpoint import ABOUT, MANIFEST, Base
 from .compose import Assembly, Attachment
 from .errors import ModelError, PartError
 from .files import read_json
+from .methods import lora
 from .methods._peft import name_in_file
 from .model import PACKAGED, Loaded
 
 _PEFT, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _ODD = ("lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens")
+_MERGED = "merge it with PEFT's merge_and_unload and give the merged folder"
 _PARTS = ("layers", "layers.attention", "layers.mlp", "layers.attention.q", "layers.attention.v", "all")
 
 
@@ -70,18 +73,22 @@ def load(
         return _from_peft(folder, asked)
     asked = replace(asked, name=str(folder) if folder != Path(name) else name)
     loaded = checkpoint.load_base(asked)
-    assembly = Assembly(loaded.model, Anatomy(loaded.model, loaded.new))
-    return Start(loaded, assembly, replace(asked, fingerprint=models.fingerprint(loaded.model, loaded.new)))
+    base = replace(asked, fingerprint=models.fingerprint(loaded.model, loaded.new))
+    own, head = _own(folder), set[str]()
+    if own and _labels(own) != _labels(asked):
+        loaded, head = _with_fresh_head(loaded)
+    new = tuple(sorted(head.union(loaded.new)))
+    return Start(replace(loaded, new=new), Assembly(loaded.model, Anatomy(loaded.model, new)), base)
 
 
 def _from_delta(folder: Path, asked: Base) -> Start:
     manifest = checkpoint.read_manifest(folder)
     told = Base(**manifest["base"])
-    base = replace(told, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
-    loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
-    checkpoint.check_fingerprint(loaded, base, folder)
-    other_labels = _labels(told.config) != _labels(asked.config)
-    new = tuple(name for name in loaded.new if other_labels or name not in manifest["changed"])
+    loaded, base = _load_base(told, asked, folder)
+    head = set[str]()
+    if _labels(told) != _labels(asked):
+        loaded, head = _with_fresh_head(loaded)
+    new = tuple(sorted(set(loaded.new) - set(manifest["changed"]) | head))
     assembly = checkpoint.rebuild(folder, manifest, loaded, new, without=new)
     assembly.changed.update(new)
     return Start(replace(loaded, new=new), assembly, base)
@@ -91,26 +98,24 @@ def _from_peft(folder: Path, asked: Base) -> Start:
     """An adapter of PEFT's kind as attachments.
 
     Raises:
-        ModelError: of a kind, or with an option, that cannot be gone on with.
+        ModelError: of a kind, with an option, or of a shape, that cannot be gone on with.
     """
-    told = read_json(folder / _PEFT)
-    if (folder / ABOUT).is_file():
-        own = Base(**read_json(folder / ABOUT)["base"])
-        base = replace(own, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
+    told, own = read_json(folder / _PEFT), _own(folder)
+    if own:
+        loaded, base = _load_base(own.beside(folder), asked, folder)
     else:
         hub = {hub_id: name for name, (_, _, hub_id) in PACKAGED.items()}
         name = str(told["base_model_name_or_path"])
         base = replace(asked, name=hub.get(name, name), revision=told.get("revision"))
-    base = base.beside(folder)
-    loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
-    if base.fingerprint:
-        checkpoint.check_fingerprint(loaded, base, folder)
-    base = replace(base, fingerprint=models.fingerprint(loaded.model, loaded.new))
+        loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
+        base = replace(base, fingerprint=models.fingerprint(loaded.model, loaded.new))
     tensors = dict(_read(folder / _PEFT_TENSORS))
-    known = {name for name, _ in loaded.model.named_parameters()}
-    whole = {name: tensor for name, tensor in tensors.items() if name in known}
-    fits = {n: t for n, t in whole.items() if t.shape == loaded.model.get_parameter(n).shape}
-    new = tuple(name for name in loaded.new if name not in fits)
+    shapes = {name: parameter.shape for name, parameter in loaded.model.named_parameters()}
+    whole, head = {name: tensor for name, tensor in tensors.items() if name in shapes}, set[str]()
+    if (own and _labels(own) != _labels(asked)) or any(t.shape != shapes[name] for name, t in whole.items()):
+        loaded, head = _with_fresh_head(loaded)
+    brought = {name: tensor for name, tensor in whole.items() if name not in head}
+    new = tuple(sorted(set(loaded.new) - set(brought) | head))
     assembly = Assembly(loaded.model, Anatomy(loaded.model, new))
     assembly.put_again(_attachments(folder, told, tensors, assembly.anatomy))
     wanted = {name_in_file(name): name for name in assembly.added}
@@ -121,13 +126,65 @@ def _from_peft(folder: Path, asked: Base) -> Start:
             f"model {folder}: an adapter with tensors that hybridtune does not know",
             found=", ".join(left[:3]) or "no tensor of an adapter",
             expected="LoRA or (IA)3 on linear layers, and modules_to_save",
-            mend="merge it with PEFT's merge_and_unload and give the merged folder",
+            mend=_MERGED,
         )
-    with torch.no_grad():
-        for name, tensor in {**fits, **{wanted[n]: t for n, t in tensors.items() if n in wanted}}.items():
-            assembly.parameter(name).copy_(tensor)
-    assembly.changed.update(fits)
+    for name, tensor in {**brought, **{wanted[n]: t for n, t in tensors.items() if n in wanted}}.items():
+        parameter = assembly.parameter(name)
+        if tensor.shape != parameter.shape:
+            raise ModelError(
+                f"model {folder}: {name} of the adapter does not fit the model {base.name}",
+                found=f"shape {tuple(tensor.shape)}",
+                expected=f"shape {tuple(parameter.shape)}",
+                mend=_MERGED,
+            )
+        with torch.no_grad():
+            parameter.copy_(tensor)
+    assembly.changed.update(brought)
     return Start(replace(loaded, new=new), assembly, base)
+
+
+def _own(folder: Path) -> Base | None:
+    """The base of a model that a run has handed over, with the labels that it was tuned for."""
+    return Base(**read_json(folder / ABOUT)["base"]) if (folder / ABOUT).is_file() else None
+
+
+def _load_base(told: Base, asked: Base, folder: Path) -> tuple[Loaded, Base]:
+    """Loads what a delta or an adapter was trained on, for the task that is asked, and checks that it is the same.
+
+    Raises:
+        ModelError: it cannot be found, or has other weights.
+    """
+    base = replace(told, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
+    tokenizer, as_told = _tokenizer(folder), replace(base, config=told.config)
+    same = len(_labels(told)) == len(_labels(asked))
+    if not same:  # a head that the base has of its own is new for other numbers of labels: another fingerprint
+        checkpoint.check_fingerprint(checkpoint.load_base(as_told, tokenizer), as_told, folder)
+    loaded = checkpoint.load_base(base, tokenizer)
+    if same:
+        checkpoint.check_fingerprint(loaded, base, folder)
+        return loaded, base
+    return loaded, replace(base, fingerprint=models.fingerprint(loaded.model, loaded.new))
+
+
+def _with_fresh_head(loaded: Loaded) -> tuple[Loaded, set[str]]:
+    """The model with a head for other labels, which transformers starts as one that a checkpoint lacks.
+
+    Returns:
+        The model, on the same tensors but for the head's; and the names of those: their shape follows the number of
+        labels.
+    """
+    model, config = loaded.model, copy.deepcopy(loaded.model.config)
+    config.num_labels += 1
+    with torch.device("meta"):
+        twin = dict(type(model)(config).named_parameters())
+    head = {name for name, parameter in model.named_parameters() if parameter.shape != twin[name].shape}
+    if head <= set(loaded.new):
+        return loaded, head
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in head}
+    with models.quiet():
+        fresh = type(model).from_pretrained(None, config=model.config, state_dict=kept, dtype=torch.float32)
+    fresh.name_or_path = fresh.config.name_or_path = model.name_or_path
+    return replace(loaded, model=fresh.eval()), head
 
 
 def _attachments(
@@ -149,6 +206,14 @@ def _attachments(
     odd = [key for key in _ODD if told.get(key)]
     if odd or told.get("bias", "none") != "none":
         raise ModelError(f"model {folder}: {_PEFT}: {', '.join(odd or ['bias'])} cannot be gone on with")
+    init = told.get("init_lora_weights")
+    if lora.moves(init):
+        raise ModelError(
+            f"model {folder}: the adapter belongs to other weights than its base has on disk",
+            found=f"init_lora_weights: {init}, which has changed them",
+            mend=f"where it was trained, {_MERGED}"
+            + ("" if init == "loftq" else ", or save it with path_initial_model_for_weight_conversion"),
+        )
     shared: dict[str, Any] = {key: told[key] for key in ("lora_dropout", "use_rslora", "use_dora") if key in told}
     groups: dict[tuple[int, float], list[str]] = {}
     for name, tensor in tensors.items():
@@ -190,9 +255,10 @@ def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ModelError(f"model {path}: cannot be read", found=str(error).splitlines()[0]) from None
 
 
-def _labels(config: dict[str, Any]) -> dict[str, str]:
+def _labels(base: Base) -> dict[str, str]:
     """Names of the labels by number; JSON has strings for numbers."""
-    return {str(number): str(label) for number, label in json.loads(json.dumps(config.get("id2label") or {})).items()}
+    told = json.loads(json.dumps(base.config.get("id2label") or {}))
+    return {str(number): str(label) for number, label in told.items()}
 
 
 def _tokenizer(folder: Path) -> str | None:

@@ -37,7 +37,7 @@ from . import stage as stages
 from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
-from .compose import Assembly, Composition, rehearse
+from .compose import Assembly, Composition
 from .engine import Caches, Engine, vocabulary
 from .engine.microbatch import by_length, is_rows
 from .engine.vocabulary import Vocabulary
@@ -202,8 +202,6 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         }
         self.strategy, _ = resolve(asked, Training(**given), self.assembly, models.width(self.model), {})
         self.in_place = strategy is None
-        if not self.in_place:
-            rehearse(self.strategy, self.assembly)
         written = asked if self.in_place else self.strategy
         self.manifest = {"strategy": written.model_dump(mode="json", exclude_none=True)} | self.manifest
 

@@ -16,12 +16,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from . import guard
 from . import model as models
 from . import start as starts
-from .compose import Assembly
 from .engine import Caches
 from .errors import TrainingError
 from .files import read_json, write_json
 from .memory import PeakMemory
 from .recipe import Recipe, Strategy
+from .resolve import Plan
 from .stage import METRICS, SPEED
 from .start import Start
 from .tasks import Task
@@ -41,7 +41,7 @@ class Setting:
         metric: that decides.
         train, validation: rows cut into tokens.
         limit: rows are cut after that many tokens.
-        bare: the model, and what is on it, without its numbers: to try rules on.
+        plans: every candidate with every value, tried on the model.
         callbacks, compute_metrics: the user's own.
         caches: what frozen layers give the rows.
     """
@@ -52,7 +52,7 @@ class Setting:
     train: Dataset
     validation: Dataset
     limit: int
-    bare: Assembly
+    plans: Sequence[Plan]
     callbacks: Sequence[TrainerCallback] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     caches: Caches = field(default_factory=Caches)

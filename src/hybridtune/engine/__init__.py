@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..layers import find_stacks
 from ..model import fingerprint
+from . import dropout, lora
 from .frozen import Caches as Caches
 from .frozen import Frozen, in_evaluation
 from .frozen import depth as lowest_trained
@@ -31,15 +32,21 @@ class Engine:
     Attributes:
         seam: through which it runs without padding; None where it runs as it is.
         reason: why there is none, or why what frozen layers give is not kept.
+        modules: those whose LoRA and dropout are computed in a faster way.
     """
 
     seam: Seam | None
     reason: str = ""
+    modules: tuple[nn.Module, ...] = ()
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """For forwards and their backwards."""
-        with self.seam.open() if self.seam else nullcontext():
+        with ExitStack() as undo:
+            if self.seam:
+                undo.enter_context(self.seam.open())
+            lora.speed_up(self.modules, undo)
+            dropout.speed_up(self.modules, undo)
             yield
 
     def __str__(self) -> str:
@@ -73,34 +80,30 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None)
         batch: a `sample` of the user's rows, on the model's device.
         caches: where hidden states below the lowest trained layer are kept; None where they are not.
     """
+    modules = tuple(model.modules())
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:
-        return Engine(None, f"it leaves out layers at random ({skips[0]})")
+        return Engine(None, f"it leaves out layers at random ({skips[0]})", modules)
     seam = Seam(model, find_stacks(dict(model.named_modules())))
+    engine = Engine(seam, modules=modules)
     with in_evaluation(model):
         with torch.no_grad():
             padded = _answers(model, batch)
-            packed, problem = _packed(model, batch, seam)
-        if packed is None:
-            return Engine(None, problem)
-        reason = _differs(packed, padded)
-        if reason:
-            return Engine(None, f"packed rows give other logits ({reason})")
-        if caches is None:
-            return Engine(seam)
-        seam.frozen = _frozen(model, batch, seam, caches)
+            problem = _check(engine, batch, padded)
+        if problem:
+            return replace(engine, seam=None, reason=problem)
+        seam.frozen = _frozen(model, batch, seam, caches) if caches else None
         if seam.frozen is None:
-            return Engine(seam)
+            return engine
         with torch.no_grad():
-            again, problem = _packed(model, batch, seam)
-            with seam.open():
-                seam.frozen.steady = not problem and seam.steady(batch)
-    problem = problem or _differs(again, padded)
-    if problem:
-        seam.frozen = None
-        return Engine(seam, f"hidden states of frozen layers are not kept ({problem})")
-    return Engine(seam)
+            problem = _check(engine, batch, padded)
+            if not problem:
+                with seam.open():
+                    seam.frozen.steady = seam.steady(batch)
+                return engine
+    seam.frozen = None
+    return replace(engine, reason=f"hidden states of frozen layers are not kept: {problem}")
 
 
 def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches) -> Frozen | None:
@@ -115,26 +118,21 @@ def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches)
     return Frozen(depth, modules, caches.of(f"{fingerprint(model, others)} {depth} {dtype}"))
 
 
-def _differs(found: torch.Tensor | None, expected: torch.Tensor) -> str:
-    """By how much logits differ, where it is too much."""
-    assert found is not None
-    difference = float((found - expected).abs().max())
-    allowed = TOLERANCE.get(expected.dtype, COARSE) * max(1.0, float(expected.abs().max()))
-    return "" if difference <= allowed else f"by {difference:.2g}, {allowed:.2g} allowed"
-
-
-def _packed(model: nn.Module, batch: dict[str, Any], seam: Seam) -> tuple[torch.Tensor | None, str]:
-    """The answers of packed rows, or why there are none."""
+def _check(engine: Engine, batch: dict[str, Any], padded: torch.Tensor) -> str:
+    """Why a model cannot be run so: what it says, or by how much its logits differ."""
+    assert engine.seam is not None
     try:
-        with seam.open():
-            packed = _answers(model, batch)
-            if seam.reached:
-                return packed, ""
+        with engine.open():
+            packed = _answers(engine.seam.model, batch)
+            if not engine.seam.reached:
+                return "its attention does not go through transformers' interfaces"
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         # what a model's own code raises when its layers are given other shapes
         said = (str(error) or type(error).__name__).splitlines()[0]
-        return None, f"its layers cannot run packed ({said[:120]})"
-    return None, "its attention does not go through transformers' interfaces"
+        return f"its layers cannot run packed ({said[:120]})"
+    difference = float((packed - padded).abs().max())
+    allowed = TOLERANCE.get(padded.dtype, COARSE) * max(1.0, float(padded.abs().max()))
+    return "" if difference <= allowed else f"its logits would be others (by {difference:.2g}, {allowed:.2g} allowed)"
 
 
 def _answers(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:

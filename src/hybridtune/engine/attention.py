@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .. import interface
+from . import dropout
 from .layout import Layout
 
 MARK = "hybridtune_packed_"
@@ -104,6 +106,9 @@ def attention(
     if mask is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     bias = kwargs.pop("position_bias", None)
+    if inner is sdpa_attention_forward and kwargs.get("dropout") and bias is None and query.device.type == "cpu":
+        inner = dropout.attention
+        kwargs = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
     queries = mask.queries.split(query, 2)
     keys, values = (mask.keys.split(tensor, 2) for tensor in (key, value))
     results = []

@@ -17,9 +17,9 @@ SUMMARY = "a low-rank update beside each frozen matrix"
 FORMULA = "W' = W0 + (alpha / r) B A"
 SOURCE = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
 WRAPS = True
-# PEFT's initialisations that need the weights alone. Those of the second line move a part of W0 into B A.
+# PEFT's initialisations that need the weights alone; and those of all that move a part of W0 into B A, or round W0.
 _INITS = re.compile(r"gaussian|orthogonal|mica|olora|pissa|pissa_niter_\d+")
-_MOVES = re.compile(r"olora|pissa|pissa_niter_\d+")
+_MOVES = ("olora", "pissa", "corda", "lora_ga", "loftq")
 _ELSEWHERE = {
     "eva": "a pass over the data",
     "corda": "a pass over the data",
@@ -84,7 +84,12 @@ def claims(part: Part, options: Options) -> tuple[str, ...]:
 
 def changes(part: Part, options: Options) -> tuple[str, ...]:
     """The same, where the initialisation moves a part of them into B A."""
-    return claims(part, options) if _MOVES.fullmatch(str(options.init_lora_weights)) else ()
+    return claims(part, options) if moves(options.init_lora_weights) else ()
+
+
+def moves(init: bool | str | None) -> bool:
+    """Whether one of PEFT's initialisations changes the matrices that it is given, so that B A is theirs alone."""
+    return str(init).lower().startswith(_MOVES)
 
 
 def attach(model: nn.Module, part: Part, options: Options) -> list[str]:

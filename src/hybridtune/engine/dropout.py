@@ -1,0 +1,112 @@
+"""Dropout on a CPU, with random numbers that cost a seventh: four from each 64 bits, where torch draws one by one.
+
+    y = x m / (1 - p)                             m: 0 with probability p, which is kept to 1/65536
+    a = (softmax(s Q K^T + mask) m / (1 - p)) V   attention with dropout, for which torch has no kernel on a CPU
+
+Their order is another than torch's; they come from the same generator, and a training that goes on finds its state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import repeat_kv
+
+_STEPS = 2**16
+
+
+def _drawn(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
+    """What is kept, True or False, and the factor on it."""
+    dropped, count = round(p * _STEPS), shape.numel()
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[:count] >= dropped - _STEPS // 2
+    return kept.view(shape), _STEPS / (_STEPS - dropped)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
+        kept, ctx.scale = _drawn(x.shape, p)
+        ctx.save_for_backward(kept)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (kept,) = ctx.saved_tensors
+        return (gradient * kept).mul_(ctx.scale), None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
+        scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        weights = scores.softmax(-1)
+        kept, ctx.scale = _drawn(weights.shape, p)
+        ctx.scaling = scaling
+        ctx.save_for_backward(query, key, value, weights, kept)
+        return torch.matmul((weights * kept).mul_(ctx.scale), value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, weights, kept = ctx.saved_tensors
+        for_value = torch.matmul((weights * kept).mul_(ctx.scale).transpose(-1, -2), gradient)
+        for_weights = torch.matmul(gradient, value.transpose(-1, -2)).mul_(kept).mul_(ctx.scale)
+        for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+        return (
+            torch.matmul(for_scores, key),
+            torch.matmul(for_scores.transpose(-1, -2), query),
+            for_value,
+            None,
+            None,
+            None,
+        )
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+) -> tuple[torch.Tensor, None]:
+    """Stands in for transformers' sdpa where attention has dropout; shapes and meaning are the same."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal and attention_mask is None:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    result = _Attention.apply(query, key, value, attention_mask, scaling, dropout)  # type: ignore[no-untyped-call]
+    return result.transpose(1, 2), None
+
+
+def speed_up(modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Has dropout layers draw as above where they are given what is on a CPU, until `undo` is closed."""
+    for module in modules:
+        if type(module) is nn.Dropout and "forward" not in vars(module) and 0 < module.p < 1:
+            undo.callback(delattr, module, "forward")
+            module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]
+
+
+def _forward(module: nn.Dropout, own: Any, x: torch.Tensor) -> torch.Tensor:
+    fast = module.training and x.device.type == "cpu" and x.is_floating_point() and not module.inplace
+    result: torch.Tensor = _Dropout.apply(x, module.p) if fast else own(x)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,94 @@
+"""LoRA on a frozen matrix, in the cheaper order of multiplication and without what autograd would save.
+
+    y = x W^T + b + s (x A^T) B^T        two thin products for each token, or
+    y = x (W + s B A)^T + b              one product of the thin matrices for all of them
+
+The second is cheaper as soon as there are more tokens than out * in / (out + in); gradients follow the same choice:
+that of x needs one product with W + s B A, and those of A and B are thin either way (RunLoRA: Cherniuk et al. 2023,
+arXiv 2312.03415). x A^T is computed again in the backward, which is cheaper than to keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import nn
+from torch.nn import functional
+
+
+class _Product(torch.autograd.Function):
+    """y above, for W and b that are not trained."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scaling, ctx.folds = scaling, rows.shape[0] * sum(weight.shape) > weight.numel()
+        if ctx.folds:
+            return functional.linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
+        y = functional.linear(rows, weight, bias).addmm_(rows @ down.T, up.T, alpha=scaling)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        x, weight, down, up = ctx.saved_tensors
+        rows, out = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        thin = (out @ up).mul_(ctx.scaling)
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            whole = torch.addmm(weight, up, down, alpha=ctx.scaling) if ctx.folds else weight
+            for_x = out @ whole
+            for_x = (for_x if ctx.folds else for_x.addmm_(thin, down)).view_as(x)
+        return for_x, None, None, thin.T @ rows, (out.T @ (rows @ down.T)).mul_(ctx.scaling), None
+
+
+def speed_up(modules: Iterable[nn.Module], undo: ExitStack) -> None:
+    """Has PEFT's plain LoRA layers compute by the formula above, until `undo` is closed."""
+    for module in modules:
+        if type(module) is Linear and _plain(module):
+            undo.callback(delattr, module, "forward")
+            module.forward = partial(_forward, module, module.forward)
+
+
+def _plain(layer: Linear) -> bool:
+    """Whether a layer is nothing more than the formula: no variant such as DoRA, no other adapter, no hook inside."""
+    base, names = layer.base_layer, layer.active_adapters
+    if type(base) is not nn.Linear or layer.merged or layer.disable_adapters or layer.fan_in_fan_out:
+        return False
+    if len(names) != 1 or names[0] not in layer.lora_A or layer.lora_variant or "forward" in vars(layer):
+        return False
+    thin = (layer.lora_A[names[0]], layer.lora_B[names[0]])
+    hooked = any(one._forward_hooks or one._forward_pre_hooks for one in (base, *thin))
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    return not hooked and not trained and all(one.bias is None for one in thin)
+
+
+def _forward(layer: Linear, own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    name = layer.active_adapters[0]
+    down, up, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
+    if (
+        args or kwargs or (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p)
+    ):  # A sees another x than W
+        result: torch.Tensor = own(x, *args, **kwargs)
+        return result
+    base, kind = layer.base_layer, x.device.type
+    tensors = [x, base.weight, base.bias, down, up]
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    with torch.autocast(kind, enabled=False):
+        product: torch.Tensor = _Product.apply(*tensors, layer.scaling[name])  # type: ignore[no-untyped-call]
+    return product
