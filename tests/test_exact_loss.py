@@ -40,6 +40,8 @@ CASES: dict[str, tuple[int, int, bool, list[float] | None, Any]] = {
     "several labels a row, last batch of 1": (17, 3, True, None, None),
     "class weights": (22, 3, False, [0.5, 2.0, 1.0], None),
     "two stages": (22, 2, False, None, TWO_STAGES),
+    "tokens, last batch of 6": (22, 2, False, None, None),
+    "tokens, last batch of 1": (17, 2, False, None, None),
 }
 SPLITS = [(8, 1), (1, 8), (2, 4)]
 PROCESSES = [(name, 4, 1) for name in CASES] + [(name, 2, 2) for name in ("last batch of 6", "last batch of 1")]
@@ -82,11 +84,16 @@ def train_case(name: str, folder: Path, batch: int, accumulation: int) -> dict[s
     kind = "multi_label_classification" if multi_label else "single_label_classification"
     model = tiny.classifier("bert", num_labels=labels, problem_type=kind, **NO_DROPOUT)
     rows, seen = tiny.rows(count, labels=labels, multi_label=multi_label), Recorder()
+    collator: Any = hf.DataCollatorWithPadding(tiny.tokenizer())
+    if name.startswith("tokens"):  # all but the first two are labelled
+        model = tiny.language_model("llama", use_cache=False).double()
+        rows = [row | {"labels": [-100, -100, *row["input_ids"][2:]]} for row in rows]
+        collator = hf.DataCollatorForTokenClassification(tiny.tokenizer())
     more = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True} if strategy else {}
     trainer = HybridTrainer(
         model,
         arguments(folder, batch, accumulation, **more),
-        data_collator=hf.DataCollatorWithPadding(tiny.tokenizer()),
+        data_collator=collator,
         train_dataset=rows,
         eval_dataset=tiny.rows(8, seed=1, labels=labels) if strategy else None,
         compute_loss_func=Task(range(labels), weights=weights).loss if weights else None,

@@ -12,7 +12,7 @@ import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -38,9 +38,10 @@ from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
-from .engine import Caches, Engine
+from .engine import Caches, Engine, vocabulary
 from .engine.microbatch import by_length, is_rows
 from .engine.precision import Casts
+from .engine.vocabulary import Vocabulary
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
 from .origin import base_of, new_of
@@ -131,8 +132,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             otherwise every method takes its own.
         base: what the model was loaded from; found out from the model where not given.
         manifest: what the manifests of checkpoints should say besides.
-        engine: "auto" runs rows without padding, and layers below all that is trained once a row, where the model
-            proves to give the same so; "off" as Trainer does.
+        engine: "auto" runs rows without padding, layers below all that is trained once a row, and a language model's
+            head on labelled tokens alone, where the model proves to give the same so; "off" as Trainer does.
         caches: what frozen layers give, kept beyond this training for others on the same data.
         **kwargs: as Trainer takes them.
 
@@ -156,6 +157,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(*args, **kwargs)
         self.engine: Engine | None = None  # not tried yet on the model as it is
+        self.vocabulary: Vocabulary | None = None  # likewise
         self._engine_asked = engine
         self._caches = caches or Caches()
         self._casts: Casts | None = None  # of the stage that runs under autocast
@@ -174,8 +176,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self._update: list[Any] = []  # micro-batches of the update that is being computed
         self._added: list[Any] = []  # those of them whose gradients are there
         self._update_loss = torch.tensor(0.0)
+        self._logits_wanted = False
         if self.compute_loss_func is None and self.label_smoother is None:
-            self.compute_loss_func = _exact_loss(self.model)
+            self.compute_loss_func = _exact_loss(self.model) or self._loss_in_chunks()
+        self._loss_asked = self.compute_loss_func
         self._take_up(strategy)
 
     def _take_up(self, strategy: Any) -> None:
@@ -350,7 +354,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if self.composition.rotations:
             self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
         self._train_batch_size = self.args.train_batch_size
-        self.restored_step = self.engine = None
+        self.restored_step = self.engine = self.vocabulary = None
+        self.compute_loss_func = self._loss_asked
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if not self.in_place:
@@ -398,7 +403,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     def _exact(self) -> bool:
         """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
         func = self.compute_loss_func
-        return func is _squared_error or isinstance(getattr(func, "__self__", None), tasks.Task)
+        ours = func is _squared_error or func == self._token_loss
+        return ours or isinstance(getattr(func, "__self__", None), tasks.Task)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -476,9 +482,50 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         """Where hidden states are kept: nowhere while layers take turns, since what is frozen changes."""
         return self._caches if self.composition and not self.composition.rotations else None
 
+    def _loss_in_chunks(self) -> Any:
+        """The loss of language models, until a batch shows that a model's own differs; None where it cannot be."""
+        whole = self.args.n_gpu <= 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        possible = whole and self._engine_asked == "auto" and vocabulary.head_of(self.model) is not None
+        return self._token_loss if possible else None
+
+    def _token_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        assert self.vocabulary is not None
+        return self.vocabulary.loss(outputs, labels, num_items_in_batch)
+
+    def _try_vocabulary(self, inputs: Any) -> None:
+        """Goes back to Trainer's loss, and says so, where a few rows show that a model's own is another than ours."""
+        known = self.vocabulary is not None and self.vocabulary.model is self.model
+        head = None if known or self.compute_loss_func != self._token_loss else vocabulary.head_of(self.model)
+        if head is None:
+            return
+        with self.compute_loss_context_manager():
+            self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
+        if not self.vocabulary.on:
+            self.compute_loss_func = None
+            warnings.warn(f"engine: logits of all tokens at once: {self.vocabulary.reason}", stacklevel=2)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
+        self._try_vocabulary(inputs)
+        if self.vocabulary is None or self.compute_loss_func != self._token_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = self.vocabulary.complete(inputs)
+        with nullcontext() if self._logits_wanted else self.vocabulary.open(inputs["labels"]):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     @contextmanager
     def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
         """Runs rows without padding, once a few rows of different lengths have shown that the model allows it."""
+        if inputs.get("labels") is not None:
+            self._try_vocabulary(inputs)
         if self.engine is None and self._engine_asked == "off":
             self.engine = Engine(None, "engine: off")
         rows = engine.sample(dict(inputs)) if self.engine is None else None
@@ -505,8 +552,12 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """Trainer's, without padding."""
-        with self._fast(model, inputs):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._logits_wanted = not prediction_loss_only
+        try:
+            with self._fast(model, inputs):
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._logits_wanted = False
 
     def _can_cut(self, items: torch.Tensor | int | None) -> bool:
         """Whether rows can be computed apart."""

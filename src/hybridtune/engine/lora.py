@@ -42,7 +42,7 @@ class _Product(torch.autograd.Function):
         if ctx.folds:
             return functional.linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
         y = functional.linear(rows, weight, bias).addmm_(rows @ down.T, up.T, alpha=scaling)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
