@@ -13,13 +13,14 @@ own dropout.
     peer (a)   Trainer with a tokenizer (DataCollatorWithPadding) and PEFT, as users run them: fp32, sdpa
     peer (b)   the same with batches grouped by length, the faster of sdpa and eager, and bf16 where it is faster here
 
-Figures are useful tokens (no padding) a second, from the end of the first step on; where layers are frozen below what is
-trained, three whole epochs, all that is done once included. What stands in results/speed.jsonl is skipped.
+Figures are useful tokens (no padding) a second, from the end of the first step on; where layers are frozen below what
+is trained, three whole epochs, all that is done once included. What stands in results/speed.jsonl is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -397,9 +398,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for peer in ("a", "b"):
         pairs = [
-            (one, other)
-            for one, other in zip(runs, runs[1:], strict=False)
-            if (one["side"], other["side"]) == ("ours", peer)
+            (one, other) for one, other in itertools.pairwise(runs) if (one["side"], other["side"]) == ("ours", peer)
         ]
         ratios = [one["tokens_per_second"] / other["tokens_per_second"] for one, other in pairs]
         memory = [other["peak_bytes"] / one["peak_bytes"] for one, other in pairs if one["peak_bytes"]]
@@ -432,10 +431,10 @@ def page(rows: list[dict[str, Any]]) -> str:
             f"## {name}",
             "",
             f"{where['processor']}, {where['threads']} threads, {where['peak']:.0f} GFLOP/s in float32 "
-            f"({platform.system()}); torch {where['torch']}, transformers {where['transformers']}, PEFT {where['peft']}; "
-            f"{where['date']}. Ratios: median [lowest, highest] of {len(where['runs']) // 4} pairs.",
+            f"({platform.system()}); torch {where['torch']}, transformers {where['transformers']}, "
+            f"PEFT {where['peft']}; {where['date']}. Ratios: median [lowest, highest] of {len(where['runs']) // 4} pairs.",
             "",
-            "| method | texts | rows/s | tokens/s | times peer (a) | goal | times peer (b) | goal | memory of peer (a) | (b) |",
+            "| method | texts | rows/s | tokens/s | times (a) | goal | times (b) | goal | memory of (a) | of (b) |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(row) for row in mine]
