@@ -432,7 +432,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             "",
             f"{where['processor']}, {where['threads']} threads, {where['peak']:.0f} GFLOP/s in float32 "
             f"({platform.system()}); torch {where['torch']}, transformers {where['transformers']}, "
-            f"PEFT {where['peft']}; {where['date']}. Ratios: median [lowest, highest] of {len(where['runs']) // 4} pairs.",
+            f"PEFT {where['peft']}; {where['date']}. Ratios: median [lowest, highest] "
+            f"of {len(where['runs']) // 4} pairs.",
             "",
             "| method | texts | rows/s | tokens/s | times (a) | goal | times (b) | goal | memory of (a) | of (b) |",
             "|---|---|---|---|---|---|---|---|---|---|",
