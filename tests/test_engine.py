@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
-from hybridtune.engine import dropout, lora
+from hybridtune.engine import Caches, dropout, lora
 from hybridtune.engine.layout import CALL, Layout
 from hybridtune.engine.seam import Seam
 from hybridtune.layers import find_stacks
@@ -457,3 +457,50 @@ def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest
     with seam_of(model).open():
         whole = model(**padded()).logits
     torch.testing.assert_close(whole, model.eval()(**padded()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_that_asks_for_hidden_states_gets_padded_ones() -> None:
+    model, batch = shaken(tiny.classifier("bert")), padded()
+    model.config.output_hidden_states = True
+    with torch.no_grad():
+        expected = model(**batch)
+        with seam_of(model).open():
+            found = model(**batch)
+    for one, other in zip(expected.hidden_states, found.hidden_states, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_method_of_others_is_put_back() -> None:
+    """As accelerate's hooks put their forward on a module."""
+    model, calls = shaken(tiny.classifier("bert")), []
+    layer = model.bert.encoder.layer[0]
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+    before = vars(layer)["forward"]
+    seam = seam_of(model.requires_grad_(False))
+    seam.frozen = engine.start(model, engine.sample(padded()), Caches()).seam.frozen  # type: ignore[union-attr, arg-type]
+    with seam.open():
+        assert layer.forward is not before
+    assert vars(layer)["forward"] is before
+
+
+def test_half_precision_does_not_round_lora_away() -> None:
+    """What is added is far below the last bit of the frozen weight."""
+    x, weight = torch.ones(200, 24, dtype=torch.bfloat16), torch.full((40, 24), 1.0, dtype=torch.bfloat16)
+    down, up = torch.full((4, 24), 1e-2, dtype=torch.bfloat16), torch.full((40, 4), 1e-2, dtype=torch.bfloat16)
+    whole = lora._Product.apply(x, torch.zeros_like(weight), None, down, up, 1.0)
+    assert float((lora._Product.apply(x, weight, None, down, up, 1.0) - 24).abs().max()) <= 0.125
+    assert whole.float().mean() == pytest.approx(24 * 4e-4, rel=0.02)
+    big = torch.full((40, 24), 1.0 / 24, dtype=torch.bfloat16)
+    without = torch.nn.functional.linear(x, big)
+    difference = lora._Product.apply(x, big, None, down * 10, up * 10, 1.0) - without
+    assert float(difference.float().mean()) == pytest.approx(24 * 4e-2, rel=0.05)
+
+
+def test_attention_with_dropout_under_autocast() -> None:
+    """Rotated queries come in another type than values."""
+    model = shaken(tiny.classifier("llama", attention_dropout=0.3)).train()
+    with torch.autocast("cpu", torch.bfloat16), seam_of(model).open():
+        loss = model(**padded()).logits.float().square().mean()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

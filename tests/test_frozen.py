@@ -14,7 +14,7 @@ from torch import nn
 
 from hybridtune import engine
 from hybridtune.engine import Caches
-from hybridtune.engine.frozen import Frozen
+from hybridtune.engine.frozen import Frozen, keys_of
 from hybridtune.engine.store import Limits, Store
 from hybridtune.recipe import Stage, Strategy
 from hybridtune.train import HybridTrainer
@@ -273,3 +273,45 @@ def test_without_gradients_all_is_frozen() -> None:
     assert found.seam is not None
     assert found.seam.frozen is not None
     assert found.seam.frozen.depth == 3
+
+
+def test_a_prompt_below_belongs_to_what_is_kept(build: Callable[..., HybridTrainer]) -> None:
+    """Frozen in the second stage, and another one with each seed: it is called by a hook, not as a module."""
+    prompt = {"part": "embeddings", "method": "prompt", "num_virtual_tokens": 2}
+    stages = [Stage.model_validate({"rules": [prompt, *HEAD]}), Stage.model_validate({"rules": HEAD})]
+    caches = Caches()
+    one, other = (build(rules=Strategy(name="two", stages=stages), caches=caches, seed=seed) for seed in (1, 2))
+    one.train()
+    other.train()
+    assert frozen(one).store is not frozen(other).store
+
+
+def test_weights_that_are_changed_in_the_middle(build: Callable[..., HybridTrainer]) -> None:
+    class Change(hf.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                with torch.no_grad():
+                    model.bert.encoder.layer[0].output.dense.weight.mul_(1.5)
+
+    changed, plain = build(), build(engine="off")
+    for trainer in (changed, plain):
+        trainer.add_callback(Change())
+    with pytest.warns(UserWarning, match="frozen layers were changed"):
+        found = losses(changed)
+    assert found == pytest.approx(losses(plain), abs=2e-5)
+
+
+def test_what_else_a_row_has_tells_it_apart() -> None:
+    """Boxes of words, and how far the padding on the left reaches."""
+    batch = {"input_ids": torch.tensor([[5, 6], [5, 6]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
+    same = keys_of(batch)
+    assert same[0] == same[1]
+    boxes = keys_of(batch | {"bbox": torch.arange(16).view(2, 2, 4)})
+    assert boxes[0] != boxes[1]
+    left = [
+        keys_of({"input_ids": torch.tensor([[0] * n + [5, 6]]), "attention_mask": torch.tensor([[0] * n + [1, 1]])})
+        for n in (1, 2)
+    ]
+    right = keys_of({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
+    assert left[0] != left[1]
+    assert right == [same[0]]

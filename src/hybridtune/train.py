@@ -349,7 +349,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             parameter.requires_grad_(False)
         self._rest(frozenset())
         # DataParallel's replicas have weights of their own, and compiled code its own casts
-        if self.accelerator.native_amp and self.args.n_gpu <= 1 and not self.args.torch_compile:
+        if self.accelerator.native_amp and not self._sharded:
             self._casts = Casts(self.model)
         if self.composition.rotations:
             self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
@@ -479,13 +479,24 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def _kept(self) -> Caches | None:
-        """Where hidden states are kept: nowhere while layers take turns, since what is frozen changes."""
-        return self._caches if self.composition and not self.composition.rotations else None
+        """Where hidden states are kept: nowhere while layers take turns or noise is added to the embeddings."""
+        same = self.composition and not self.composition.rotations and self.args.neftune_noise_alpha is None
+        return self._caches if same else None
+
+    @property
+    def _sharded(self) -> str:
+        """Why this trainer's models run in copies or pieces of their own, which hooks on the model do not reach."""
+        found = {
+            "DataParallel": self.args.n_gpu > 1,
+            "FSDP": self.is_fsdp_enabled,
+            "DeepSpeed": self.is_deepspeed_enabled,
+            "torch_compile": self.args.torch_compile,
+        }
+        return next((name for name, here in found.items() if here), "")
 
     def _loss_in_chunks(self) -> Any:
         """The loss of language models, until a batch shows that a model's own differs; None where it cannot be."""
-        whole = self.args.n_gpu <= 1 and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
-        possible = whole and self._engine_asked == "auto" and vocabulary.head_of(self.model) is not None
+        possible = not self._sharded and self._engine_asked == "auto" and vocabulary.head_of(self.model) is not None
         return self._token_loss if possible else None
 
     def _token_loss(
@@ -528,6 +539,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._try_vocabulary(inputs)
         if self.engine is None and self._engine_asked == "off":
             self.engine = Engine(None, "engine: off")
+        if self.engine is None and self._sharded:
+            self.engine = Engine(None, f"not under {self._sharded} yet")
+            warnings.warn(f"engine: {self.engine}", stacklevel=2)
         rows = engine.sample(dict(inputs)) if self.engine is None else None
         if rows is not None:
             try:

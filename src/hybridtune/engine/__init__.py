@@ -113,14 +113,25 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None)
 
 def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches) -> Frozen | None:
     """The layers below all that is trained, where there are any, and what is kept of them."""
+    torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
     with seam.open():
         depth, modules = lowest_trained(seam.stacks[0].layers, lambda: model(**batch))
     if not depth:
         return None
-    inside = {id(parameter) for module in modules for parameter in module.parameters()}
-    others = [name for name, parameter in model.named_parameters() if id(parameter) not in inside]
-    dtype = autocast_type(batch["input_ids"].device)
-    return Frozen(depth, modules, caches.of(f"{fingerprint(model, others)} {depth} {dtype}"))
+    over = {module for layer in seam.stacks[0].layers[depth:] for module in layer.modules()}
+    above = {id(one) for module in over for one in module.parameters(recurse=False)}
+    named = dict(model.named_parameters())
+    below = [name for name, one in named.items() if id(one) not in above and not one.requires_grad]
+    told = [
+        fingerprint(model, named.keys() - set(below)),
+        *(
+            f"{name} {module.scaling}"
+            for name, module in model.named_modules()
+            if hasattr(module, "scaling") and module not in over
+        ),
+        f"{depth} {autocast_type(batch['attention_mask'].device)}",
+    ]
+    return Frozen(depth, modules, caches.of("\n".join(told)), tensors=tuple(named[name] for name in below))
 
 
 def _check(engine: Engine, batch: dict[str, Any], padded: torch.Tensor) -> str:

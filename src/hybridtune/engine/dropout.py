@@ -17,12 +17,15 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from .patch import patch
+from .precision import autocast_type
+
 _STEPS = 2**16
 
 
 def _drawn(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
     """What is kept, True or False, and the factor on it."""
-    dropped, count = round(p * _STEPS), shape.numel()
+    dropped, count = min(round(p * _STEPS), _STEPS - 1), shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[:count] >= dropped - _STEPS // 2
     return kept.view(shape), _STEPS / (_STEPS - dropped)
@@ -89,7 +92,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Stands in for transformers' sdpa where attention has dropout; shapes and meaning are the same."""
     groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    dtype = autocast_type(query.device) or query.dtype  # rotated queries and keys may be of another type than values
+    query, key, value = query.to(dtype), repeat_kv(key, groups).to(dtype), repeat_kv(value, groups).to(dtype)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal and attention_mask is None:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
@@ -102,8 +106,7 @@ def speed_up(modules: Iterable[nn.Module], undo: ExitStack) -> None:
     """Has dropout layers draw as above where they are given what is on a CPU, until `undo` is closed."""
     for module in modules:
         if type(module) is nn.Dropout and "forward" not in vars(module) and 0 < module.p < 1:
-            undo.callback(delattr, module, "forward")
-            module.forward = partial(_forward, module, module.forward)  # type: ignore[method-assign]
+            patch(module, "forward", partial(_forward, module, module.forward), undo)
 
 
 def _forward(module: nn.Dropout, own: Any, x: torch.Tensor) -> torch.Tensor:

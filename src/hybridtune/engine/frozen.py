@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .microbatch import is_row
 from .store import Limits, Store
 
 LEAST = 64  # tokens that are computed at once
@@ -44,6 +45,7 @@ class Frozen:
         depth: how many layers of the first stack lie in it; all of them where only what follows is trained.
         modules: what runs in it, the embeddings too.
         store: hidden states that it has given.
+        tensors: its weights.
         steady: whether a row's do not depend on the rows that it is computed with, to the last bit. Where they do, rows
             are computed one by one: a training that goes on after an interruption computes them with others.
     """
@@ -52,6 +54,18 @@ class Frozen:
     modules: tuple[nn.Module, ...]
     store: Store
     steady: bool = True
+    tensors: tuple[nn.Parameter, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._state = self._now()
+
+    def _now(self) -> list[tuple[int, int, bool]]:
+        return [(tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in self.tensors]
+
+    @property
+    def holds(self) -> bool:
+        """Whether its weights are still those that it was found with, and none is trained."""
+        return self._state == self._now()
 
     def calm(self) -> None:
         """Dropout off: its results are kept."""
@@ -116,17 +130,27 @@ def _needs_gradient(value: Any) -> bool:
 
 
 def keys_of(batch: dict[str, Any]) -> list[bytes]:
-    """What tells the rows of a batch apart: their tokens, and all else that has a number for each of them."""
+    """What tells the rows of a batch apart: all that it has for each of them but labels, without padding."""
     mask = batch["attention_mask"].bool().cpu()
     tables = {
-        name: value.cpu()
+        name: value.detach().cpu()
         for name, value in sorted(batch.items())
-        if isinstance(value, torch.Tensor) and value.shape == mask.shape and name != "labels"
+        if name != "labels" and is_row(value, len(mask))
     }
-    return [
-        b"".join(name.encode() + table[row][mask[row]].numpy().tobytes() for name, table in tables.items())
-        for row in range(len(mask))
-    ]
+    keys = []
+    for row, seen in enumerate(mask):
+        own = [
+            name.encode() + _bytes(table[row][seen] if table.shape[:2] == mask.shape else table[row])
+            for name, table in tables.items()
+        ]
+        if not seen[: int(seen.sum())].all():  # padding on the left: positions may depend on how much
+            own.append(_bytes(seen.nonzero()))
+        keys.append(b"".join(own))
+    return keys
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @contextmanager

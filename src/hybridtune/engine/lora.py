@@ -3,9 +3,9 @@
     y = x W^T + b + s (x A^T) B^T        two thin products for each token, or
     y = x (W + s B A)^T + b              one product of the thin matrices for all of them
 
-The second is cheaper as soon as there are more tokens than out * in / (out + in); gradients follow the same choice:
-that of x needs one product with W + s B A, and those of A and B are thin either way (RunLoRA: Cherniuk et al. 2023,
-arXiv 2312.03415). x A^T is computed again in the backward, which is cheaper than to keep it.
+The second is taken in 32 bits, and as soon as it is cheaper: from out * in / (out + in) tokens on. Gradients follow the
+same choice: that of x needs one product with W + s B A, and those of A and B are thin either way (RunLoRA: Cherniuk et
+al. 2023, arXiv 2312.03415). x A^T is computed again in the backward, which is cheaper than to keep it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.nn import functional
 
+from .patch import patch
 from .precision import Casts, autocast_type
 
 
@@ -38,7 +39,9 @@ class _Product(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(x, weight, down, up)
-        ctx.scaling, ctx.folds = scaling, rows.shape[0] * sum(weight.shape) > weight.numel()
+        # in half precision the sum would round away what A and B add to W
+        exact = weight.dtype in (torch.float32, torch.float64)
+        ctx.scaling, ctx.folds = scaling, exact and rows.shape[0] * sum(weight.shape) > weight.numel()
         if ctx.folds:
             return functional.linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
         y = functional.linear(rows, weight, bias).addmm_(rows @ down.T, up.T, alpha=scaling)
@@ -67,8 +70,7 @@ def speed_up(modules: Iterable[nn.Module], undo: ExitStack, casts: Casts | None 
     """
     for module in modules:
         if type(module) is Linear and _plain(module):
-            undo.callback(delattr, module, "forward")
-            module.forward = partial(_forward, module, module.forward, casts)
+            patch(module, "forward", partial(_forward, module, module.forward, casts), undo)
 
 
 def _plain(layer: Linear) -> bool:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..errors import RecipeError, RunError
 from ..files import read_json, write_json
 from ..recipe import Recipe
+from .patch import patch
 
 FASTER = 1.3  # from here on bf16 counts as faster: less would not pay for its rounding
 ROWS, FEW, WIDTHS = 512, 16, (768, 3072)  # tokens of a batch, of a first look, and a feed-forward matrix of BERT's
@@ -237,8 +238,7 @@ class Casts:
         with ExitStack() as undo:
             for module in self._linear:
                 if "forward" not in vars(module):
-                    undo.callback(delattr, module, "forward")
-                    module.forward = partial(self._run, module)  # type: ignore[method-assign]
+                    patch(module, "forward", partial(self._run, module), undo)
             yield
 
     def weight(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:

@@ -3,13 +3,14 @@
 Between the two, hidden states are one packed row [1, tokens, width], so that no layer computes padding; embeddings,
 poolers, heads and the search for the last token see padded batches as ever. It works on any transformers model whose
 masks and attention go through transformers' interfaces, and knows none by name: hooks pack what a layer is given, and
-`attention.attention` keeps rows apart. What a model's masks look like is not seen before it runs: `check.py` says
+`attention.attention` keeps rows apart. What a model's masks look like is not seen before it runs: `engine.start` tries
 whether all this holds for a model.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ from .attention import MARK, Mask, attention, carry, is_plain, of
 from .frozen import Frozen, in_evaluation, keys_of
 from .layout import Layout
 from .microbatch import is_row
+from .patch import patch
 
 
 class Seam:
@@ -58,10 +60,17 @@ class Seam:
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Layers that are to be looked into are run padded, as what looks at them expects."""
-        looked_into = any(kwargs.get(f"output_{what}") for what in ("hidden_states", "attentions"))
+        looks = [f"output_{what}" for what in ("hidden_states", "attentions")]
+        config = getattr(model, "config", None)
+        looked_into = any(getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks)
         for stack in self.stacks:
             stack.layout, stack.off, stack.known = None, looked_into, None
-        if self.frozen and not looked_into and not self.stacks[0].stops:
+        if self.frozen and not self.frozen.holds:
+            warnings.warn(
+                "engine: frozen layers were changed: what was kept of them is not used any more", stacklevel=2
+            )
+            self.frozen = None
+        if self.frozen and not looked_into and not self.stacks[0].stops and kwargs.get("attention_mask") is not None:
             self.frozen.calm()
             self.stacks[0].known = self._known(self.frozen, kwargs)
 
@@ -125,11 +134,9 @@ class _Stack:
             undo.callback(layer.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
         undo.callback(self.layers[-1].register_forward_hook(self._leave).remove)
         for module in self.biases:
-            undo.callback(delattr, module, "compute_bias")
-            module.compute_bias = partial(self._bias, module.compute_bias)  # type: ignore[assignment]
+            patch(module, "compute_bias", partial(self._bias, module.compute_bias), undo)
         for layer in self.layers[:frozen]:
-            undo.callback(delattr, layer, "forward")
-            layer.forward = partial(self._pass, layer.forward)
+            patch(layer, "forward", partial(self._pass, layer.forward), undo)
 
     def _pass(self, own: Any, *args: Any, **kwargs: Any) -> Any:
         """A frozen layer whose results are known."""
@@ -141,7 +148,7 @@ class _Stack:
         """The known hidden states as a packed row."""
         assert self.known is not None
         rows = [self.known[row] for group in layout.groups for row in group.rows]
-        return torch.cat(rows).unsqueeze(0)
+        return torch.cat([row.to(layout.index.device) for row in rows]).unsqueeze(0)
 
     def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
         """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
