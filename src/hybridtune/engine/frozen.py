@@ -1,8 +1,8 @@
 """What lies below the lowest trained layer gives a row the same hidden states every time: they are computed once.
 
-Rows are known by their tokens, so that an epoch, an evaluation and every other trial on the same data find what any of
-them has computed; `Frozen.fingerprint` keeps apart what other weights have. Dropout is off below that layer: what is
-kept knows none.
+Rows are known by all that a batch has for them but labels, so that an epoch, an evaluation and every other trial on the
+same data find what any of them has computed; `Caches` keeps apart what other weights have given. Dropout is off below
+that layer: what is kept knows none.
 """
 
 from __future__ import annotations

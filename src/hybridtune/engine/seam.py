@@ -40,19 +40,18 @@ class Seam:
         self.model = model
         self.frozen: Frozen | None = None  # of the first stack
         self.stacks = [_Stack([model.get_submodule(name) for name in stack.layers]) for stack in stacks]
-        self._modules = list(model.modules())
+        self._configs = interface.configs(model.modules())
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Switches the model over: for forwards and, where layers are computed again in them, their backwards."""
-        configs = interface.configs(self._modules)
-        names = [config._attn_implementation for config in configs]
-        caches = [getattr(config, "use_cache", None) for config in configs]
+        names = [config._attn_implementation for config in self._configs]
+        caches = [getattr(config, "use_cache", None) for config in self._configs]
         with ExitStack() as undo:
             undo.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for number, stack in enumerate(self.stacks):
                 stack.hook(undo, self.frozen.depth if self.frozen and number == 0 else 0)
-            for config, name, cache in zip(configs, names, caches, strict=True):
+            for config, name, cache in zip(self._configs, names, caches, strict=True):
                 undo.callback(_set, config, name, cache)
                 interface.register(f"{MARK}{name or 'eager'}", attention, _mask)
                 _set(config, f"{MARK}{name or 'eager'}", None if cache is None else False)  # no keys of packed rows
