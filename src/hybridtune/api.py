@@ -19,7 +19,7 @@ from .errors import RecipeError, unknown
 from .files import disk_errors, write_json
 from .progress import Progress, say_result, say_scores
 from .recipe import Recipe, Strategy
-from .run import Run, evaluate_run, export_run, rows_for_prediction, say_prediction
+from .run import Run, evaluate_run, export_run, rows_for_prediction
 from .select import Decision
 from .tasks import Task
 from .trial import Setting, Trial
@@ -27,7 +27,7 @@ from .trial import Setting, Trial
 # By how much the logits of a merged model may differ from the tuned one's: float32 merges stay far below.
 MERGE_LIMIT = 1e-3
 
-__all__ = ["Run", "check", "evaluate_run", "export_run", "load", "rows_for_prediction", "say_prediction", "tune"]
+__all__ = ["Run", "check", "evaluate_run", "export_run", "load", "rows_for_prediction", "tune"]
 
 
 def tune(
@@ -61,11 +61,11 @@ def tune(
     """
     console = console or Console()
     asked = Recipe.make(recipe, **keys)
-    task = tasks.load(asked.task).from_recipe(asked)
-    metric = _goal(asked, task, compute_metrics is not None)
+    task = tasks.of(asked)
+    metric, direction = _goal(asked, task, compute_metrics is not None)
     folder = folders.claim(asked, resume, overwrite)
 
-    console.step(1, f"goal: {asked.goal.direction} {metric} of {asked.task}")
+    console.step(1, f"goal: {direction} {metric} of {asked.task}")
     machine = environment.describe(models.pick_device(asked.device))
 
     console.step(2, "data")
@@ -112,14 +112,15 @@ def load(folder: str | Path, device: str = "auto") -> Run:
     return Run(Path(folder), device)
 
 
-def _goal(recipe: Recipe, task: Task, own_metrics: bool) -> str:
+def _goal(recipe: Recipe, task: Task, own_metrics: bool) -> tuple[str, str]:
+    """The metric that decides, and whether more or less of it is better."""
     metric, way = recipe.goal.metric or task.metric, recipe.goal.direction
     known = {**task.metrics, "loss": "minimize"}
     if metric not in known and not own_metrics:
         raise RecipeError(f"goal: {unknown('metric', metric, known)}", expected=", ".join(known))
     if recipe.goal.metric and known.get(metric, way) != way:
         raise RecipeError(f"goal: {way} {metric}", expected=f"{known[metric]}: {metric}")
-    return metric
+    return metric, known.get(metric, way)
 
 
 def _race(setting: Setting, plan: Sequence[Strategy], folder: Path, console: Console) -> Decision:
@@ -147,14 +148,16 @@ def _race(setting: Setting, plan: Sequence[Strategy], folder: Path, console: Con
 def _evaluate(
     setting: Setting, decision: Decision, rows: dict[str, Dataset], folder: Path, console: Console
 ) -> dict[str, Any]:
-    evaluation, scores = evaluate.evaluate(setting, decision, rows["train"], rows["test"], setting.recipe.baselines)
+    evaluation, scores, task = evaluate.evaluate(
+        setting, decision, rows["train"], rows["test"], setting.recipe.baselines
+    )
     last = decision.trial.stages[-1]
-    kind, snippet = export.write(folder / "model", last)
+    kind, snippet = export.write(folder / "model", last, task=task)
     sample = rows["test"].select(range(min(16, len(rows["test"])))).to_list()
     drift = export.difference(last, folder / "model", sample)
     if drift > MERGE_LIMIT and kind != "delta":
         console.warn(f"as a {kind}, its logits would differ by {drift:.1e}: handed over as a delta, which is exact")
-        kind, snippet = export.write(folder / "model", last, "delta")
+        kind, snippet = export.write(folder / "model", last, "delta", task=task)
         drift = export.difference(last, folder / "model", sample)
     evaluation |= {
         "model_kind": kind,
@@ -162,7 +165,7 @@ def _evaluate(
         "load": snippet.replace("FOLDER", str(folder / "model")),
     }
     folders.hand_over_stages(folder, decision.trial)
-    evaluate.write_predictions(folder / "predictions.jsonl", rows["test"], scores)
+    evaluate.write_predictions(folder / "predictions.jsonl", rows["test"], task.target, scores)
     write_json(folder / "evaluation.json", evaluation)
     say_scores(evaluation, setting.metric, console)
     return evaluation
@@ -180,7 +183,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, console: Console | None 
     """
     console = console or Console()
     asked = Recipe.make(recipe)
-    task = tasks.load(asked.task).from_recipe(asked)
+    task = tasks.of(asked)
     rows, about = prepare.rows_of(asked, task, console)
     _, lengths = prepare.setting_of(asked, task, task.metric, rows, console)
     return about | lengths

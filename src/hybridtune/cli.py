@@ -194,7 +194,7 @@ def predict(
                 print(json.dumps(prediction, ensure_ascii=False))
         else:
             for row, prediction in zip(rows, predictions, strict=True):
-                console.line(api.say_prediction(row, prediction))
+                console.line(tuned.say(row, prediction))
 
 
 @app.command(epilog="Example: hybridtune evaluate runs/x --data new.csv")

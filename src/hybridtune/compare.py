@@ -38,7 +38,7 @@ def compare(a: Path, b: Path) -> dict[str, Any]:
     for name in shown_a:
         difference = paired_difference(stats_b, stats_a, lambda stats, name=name: task.aggregate(stats)[name])  # type: ignore[misc]
         found[name] = {"a": shown_a[name], "b": shown_b[name], "difference": difference.as_dict()}
-    right_a, right_b = _right(stats_a), _right(stats_b)
+    right_a, right_b = task.right(stats_a), task.right(stats_b)
     p = mcnemar(right_a, right_b)
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     reasons = [
@@ -93,8 +93,3 @@ def _fingerprint(run: Path) -> Any:
 
 def _aligned(task: Task, lines: list[dict[str, Any]]) -> Stats:
     return {name: np.array([line["stats"][name] for line in lines]) for name in lines[0]["stats"]}
-
-
-def _right(stats: Stats) -> np.ndarray:
-    same = stats["gold"] == stats["predicted"]
-    return np.asarray(same if same.ndim == 1 else same.all(1))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
 from . import checkpoint, predict
@@ -38,19 +37,19 @@ def score(predictor: predict.Predictor, rows: Dataset) -> Scores:
 
     Args:
         predictor: the tuned model.
-        rows: with the task's columns, label among them.
+        rows: with the task's columns, its target among them.
     """
     task = predictor.task
-    encoded = task.encode(rows, predictor.tokenizer, predictor.limit)
-    outputs = predict.logits(predictor.model, encoded, predictor.tokenizer, predictor.batch_size)
-    stats = task.row_stats(outputs, np.asarray(encoded["labels"][:]))
+    items = task.encode(rows, predictor.tokenizer, predictor.limit)
+    logits = predictor.logits(items)
+    stats = task.row_stats(logits, items, rows)
     intervals = {name: interval.as_dict() for name, interval in task.intervals(stats).items()}
-    return Scores(stats, intervals, task.decode(outputs))
+    return Scores(stats, intervals, task.decode(logits, items, rows))
 
 
 def evaluate(
     setting: Setting, decision: Decision, train: Dataset, test: Dataset, with_baselines: bool
-) -> tuple[dict[str, Any], Scores]:
+) -> tuple[dict[str, Any], Scores, Task]:
     """Scores every trial and the baselines on the test rows.
 
     Args:
@@ -61,9 +60,13 @@ def evaluate(
         with_baselines: whether baselines are made.
 
     Returns:
-        What evaluation.json says, and the chosen model's scores.
+        What evaluation.json says, the chosen model's scores, and its task with what was fitted on validation rows.
     """
-    scores = {(t.strategy, t.seed): score(_predictor(setting, t), test) for c in decision.candidates for t in c.trials}
+    scores, fitted = {}, {}
+    for trial in (trial for candidate in decision.candidates for trial in candidate.trials):
+        predictor = fit(_predictor(setting, trial), setting)
+        key = trial.strategy, trial.seed
+        scores[key], fitted[key] = score(predictor, test), predictor.task
     best = scores[decision.trial.strategy, decision.trial.seed]
     baselines = _baselines(setting, train, test) if with_baselines else []
     candidates = []
@@ -99,9 +102,18 @@ def evaluate(
         "warnings": [
             *sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
             *_doubts(setting, decision, best.metrics, baselines),
+            *fitted[decision.trial.strategy, decision.trial.seed].doubts,
         ],
     }
-    return evaluation, best
+    return evaluation, best, fitted[decision.trial.strategy, decision.trial.seed]
+
+
+def fit(predictor: predict.Predictor, setting: Setting) -> predict.Predictor:
+    """A tuned model with what its task fits on validation rows, where it fits anything."""
+    if not predictor.task.fits:
+        return predictor
+    fitted = predictor.task.fitted(predictor.logits(setting.validation), setting.validation, setting.validation_rows)
+    return replace(predictor, task=fitted)
 
 
 def _doubts(
@@ -125,15 +137,15 @@ def _doubts(
         )
 
 
-def write_predictions(path: Path, rows: Dataset, scores: Scores) -> None:
+def write_predictions(path: Path, rows: Dataset, target: str, scores: Scores) -> None:
     """Writes predictions.jsonl: for each test row its line, its gold label, what was predicted, and its statistics."""
-    write_text(path, "".join(_lines(rows, scores)))
+    write_text(path, "".join(_lines(rows, target, scores)))
 
 
-def _lines(rows: Dataset, scores: Scores) -> list[str]:
+def _lines(rows: Dataset, target: str, scores: Scores) -> list[str]:
     lines = []
     for at, (number, gold, prediction) in enumerate(
-        zip(rows["_row"][:], rows["label"][:], scores.predictions, strict=True)
+        zip(rows["_row"][:], rows[target][:], scores.predictions, strict=True)
     ):
         stats = {name: values[at].tolist() for name, values in scores.stats.items()}
         line = {"row": number, "gold": gold, **prediction, "stats": stats}
@@ -151,13 +163,7 @@ def _predictor(setting: Setting, trial: Trial) -> predict.Predictor:
 
 def _baselines(setting: Setting, train: Dataset, test: Dataset) -> list[dict[str, Any]]:
     task: Task = setting.task
-    loaded = setting.load().loaded
-    loaded.model.to(models.pick_device(setting.recipe.device))  # type: ignore[arg-type]
-    frozen = [
-        predict.features(loaded.model, task.encode(rows, loaded.tokenizer, setting.limit), loaded.tokenizer, 32)
-        for rows in (train, test)
-    ]
-    found = task.baselines(train, test, (frozen[0], frozen[1]))
+    found = task.baselines(train, test, _frozen(setting, train, test) if task.pooled else None)
     return [
         {
             "name": name,
@@ -166,6 +172,14 @@ def _baselines(setting: Setting, train: Dataset, test: Dataset) -> list[dict[str
         }
         for name, detail, stats in found
     ]
+
+
+def _frozen(setting: Setting, *tables: Dataset) -> Any:
+    """Mean hidden states of the model as it was given, for each table of rows."""
+    task, loaded = setting.task, setting.load().loaded
+    loaded.model.to(models.pick_device(setting.recipe.device))  # type: ignore[arg-type]
+    items = (task.encode(rows, loaded.tokenizer, setting.limit) for rows in tables)
+    return tuple(predict.features(loaded.model, one, loaded.tokenizer, 32) for one in items)
 
 
 def read_evaluation(run: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.torch import save_file
 
-from . import __version__, checkpoint, methods, predict
+from . import __version__, checkpoint, methods, predict, tasks
 from .checkpoint import ABOUT, BASE, Base
 from .compose import Assembly, Attachment
 from .errors import RunError
@@ -32,7 +32,12 @@ KINDS: tuple[Kind, ...] = ("checkpoint", "adapter", "delta")
 # The options that one LoraConfig can give each matrix its own value of, and the keys that do so.
 _PATTERNED = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 _OF_TRAINING = {"lora_dropout", "init_lora_weights", "loraplus_lr_ratio"}
-_CLASSIFIERS = ("classifier", "score")  # what PEFT keeps whole of every sequence classifier, asked or not
+# What PEFT keeps whole of models of a task, asked or not.
+_KEPT_BY_PEFT = {
+    "SequenceClassification": ("classifier", "score"),
+    "TokenClassification": ("classifier", "score"),
+    "QuestionAnswering": ("qa_outputs",),
+}
 
 
 def kinds(assembly: Assembly) -> list[Kind]:
@@ -43,13 +48,14 @@ def kinds(assembly: Assembly) -> list[Kind]:
     return found
 
 
-def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, str]:
+def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None = None) -> tuple[Kind, str]:
     """Writes the model of a finished stage.
 
     Args:
         folder: where to; replaced as a whole.
         stage: the stage's folder, with its delta.
         kind: one of `kinds`; None takes the first.
+        task: with what was fitted after the stage had ended; the stage's own where not given.
 
     Returns:
         The kind, and a snippet of Python that loads the model.
@@ -63,15 +69,12 @@ def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, st
         raise RunError(f"kind {kind}: this model cannot be handed over so", expected=" or ".join(possible))
     kind = kind or possible[0]
     base = Base(**manifest["base"])
-    from .tasks import load as load_task
-
-    task = load_task(manifest["task"]["name"]).from_state(manifest["task"])
+    task = task or tasks.from_state(manifest["task"])
     task.prepare(loaded.model, loaded.tokenizer)
     with new_folder(folder) as home:
         if kind == "delta":
-            checkpoint.write(
-                home, assembly, base, **{key: manifest[key] for key in ("task", "max_length", "strategy", "stage")}
-            )
+            told = {key: manifest[key] for key in ("max_length", "strategy", "stage")}
+            checkpoint.write(home, assembly, base, task=task.state(), **told)
             loaded.model.config.save_pretrained(home)
         elif kind == "adapter":
             if _changed_body(assembly):
@@ -85,12 +88,12 @@ def write(folder: Path, stage: Path, kind: Kind | None = None) -> tuple[Kind, st
             "hybridtune": __version__,
             "kind": kind,
             "base": vars(base),
-            "task": manifest["task"],
+            "task": task.state(),
             "max_length": manifest["max_length"],
         }
         write_json(home / ABOUT, about)
         snippet = _snippet(kind, base, task)
-        write_text(home / "README.md", _readme(kind, base, manifest, snippet))
+        write_text(home / "README.md", _readme(kind, base, manifest, snippet, task.reading))
     return kind, snippet
 
 
@@ -110,11 +113,10 @@ def difference(stage: Path, folder: Path, texts: list[Any]) -> float:
     """Largest difference of logits between a stage's model and what was handed over, on some rows."""
     loaded, _, _ = checkpoint.load(stage)
     other = predict.load(folder, "cpu")
-    encoded = other.encode(other.task.rows_from(texts))
+    items = other.encode(other.task.rows_from(texts))
     other.task.prepare(loaded.model, loaded.tokenizer)
-    ours = predict.logits(loaded.model, encoded, loaded.tokenizer, 16)
-    theirs = predict.logits(other.model, encoded, other.tokenizer, 16)
-    return float(np.abs(ours - theirs).max())
+    theirs, ours = other.logits(items), replace(other, model=loaded.model, tokenizer=loaded.tokenizer).logits(items)
+    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
 def _is_peft(assembly: Assembly) -> bool:
@@ -148,7 +150,8 @@ def _write_base(folder: Path, loaded: Loaded, assembly: Assembly, base: Base) ->
 def _kept_whole(assembly: Assembly) -> list[str]:
     """The outermost modules that a PEFT adapter brings whole: those changed, and a classifier, as PEFT does."""
     changed, kept = assembly.changed, list[str]()
-    endings = _CLASSIFIERS if assembly.anatomy.model_class.endswith("SequenceClassification") else ()
+    kind = assembly.anatomy.model_class.rpartition("For")[2]
+    endings = _KEPT_BY_PEFT.get(kind, ())
     for name, module in assembly.model.named_modules():
         inside = {f"{name}.{inner}" for inner, _ in module.named_parameters()}
         own = {f"{name}.{inner}" for inner, _ in module.named_parameters(recurse=False)}
@@ -178,7 +181,7 @@ def _write_peft(home: Path, assembly: Assembly, base: Base, final: Path) -> None
         base_model_name_or_path=str(final / BASE) if base.name == BASE else _known_as(base),
         revision=base.revision,
         inference_mode=True,
-        task_type="SEQ_CLS" if base.auto_class.endswith("SequenceClassification") else None,
+        task_type=tasks.peft_type(base.auto_class),
         **patterns,
     )
     config.save_pretrained(str(home))
@@ -225,7 +228,7 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
     return f'import hybridtune\n\nrun = hybridtune.load("FOLDER")\nprint(run.predict([{example}]))\n'
 
 
-def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str) -> str:
+def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str, reading: str) -> str:
     needs = f"{base.name} (fingerprint {base.fingerprint})"
     says = {
         "checkpoint": "a plain Hugging Face checkpoint; nothing but transformers is needed to load it",
@@ -239,5 +242,6 @@ def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str) -> s
     return (
         f"# {base.name}, tuned for {manifest['task']['name']}\n\nThis folder is {says[kind]}.\n\n"
         f"```python\n{snippet}```\n\n"
-        f"Tuned with hybridtune {__version__}, strategy {manifest['strategy']['name']}:\n\n{stages}\n"
+        + (f"{reading}\n\n" if reading else "")
+        + f"Tuned with hybridtune {__version__}, strategy {manifest['strategy']['name']}:\n\n{stages}\n"
     )

@@ -41,7 +41,7 @@ def base_of(model: PreTrainedModel, new: Sequence[str]) -> Base:
             f"model {model.name_or_path}: loaded in {model.dtype}, but its weights are float32",
             mend="load it without dtype=; for training in half precision give TrainingArguments bf16=True",
         )
-    task = tasks.for_model(type(model).__name__)
+    task = tasks.for_model(model)
     config = {
         key: getattr(model.config, key)
         for key in ("num_labels", "id2label", "label2id", "problem_type")

@@ -73,8 +73,16 @@ class Predictor:
         if empty:
             shown = ", ".join(map(str, empty[:SHOWN_ROWS])) + (", ..." if len(empty) > SHOWN_ROWS else "")
             warn(f"{len(empty)} of {len(texts)} rows are empty, their predictions mean nothing: row {shown}")
-        encoded = self.task.encode(texts, self.tokenizer, self.limit)
-        return self.task.decode(logits(self.model, encoded, self.tokenizer, self.batch_size))
+        items = self.task.encode(texts, self.tokenizer, self.limit)
+        return self.task.decode(self.logits(items), items, texts)
+
+    def logits(self, items: Dataset) -> list[np.ndarray]:
+        """The model's logits, float32, an array an item, in their order."""
+
+        def compute(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.task.logits(self.model(**batch))
+
+        return _run(self.model, items, self.tokenizer, self.batch_size, compute, self.task.per_token)
 
     def encode(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
         """Token ids of rows that need no labels."""
@@ -90,8 +98,9 @@ class Predictor:
         table = table.select_columns(inputs)
         for name in inputs:
             for at, value in enumerate(table[name][:]):
-                if value is None or isinstance(value, (list, dict)):
-                    raise DataError(f"row {at + 1}: {name} is " + ("missing" if value is None else "not a text"))
+                problem = self.task.problem(name, value)
+                if problem:
+                    raise DataError(f"row {at + 1}: {name} {problem}")
         return table
 
     def to(self, device: torch.device | str) -> Predictor:
@@ -101,17 +110,10 @@ class Predictor:
 
 
 def _says(value: Any) -> bool:
-    return bool(str(value).strip())
+    return bool((" ".join(map(str, value)) if isinstance(value, list) else str(value)).strip())
 
 
-def logits(model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> np.ndarray:
-    """The model's logits, float32 [rows, ...], in the rows' order."""
-    return _run(model, encoded, tokenizer, batch_size, lambda batch: model(**batch).logits)
-
-
-def features(
-    model: PreTrainedModel, encoded: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> np.ndarray:
+def features(model: PreTrainedModel, items: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> np.ndarray:
     """Mean of the last hidden states over a row's own tokens, float32 [rows, width]."""
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
@@ -121,34 +123,36 @@ def features(
         hidden = hidden[:, -mask.shape[1] :]  # in front of it an encoder's output has the places of a soft prompt
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    return _run(model, encoded, tokenizer, batch_size, pooled)
+    return np.stack(_run(model, items, tokenizer, batch_size, pooled))
 
 
 def _run(
     model: PreTrainedModel,
-    encoded: Dataset,
+    items: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-) -> np.ndarray:
+    per_token: bool = False,
+) -> list[np.ndarray]:
+    """An array an item, in their order; of what has a place for every token, without those of padding."""
     device, collate = next(model.parameters()).device, DataCollatorWithPadding(tokenizer)
     model.eval()
     results: dict[int, np.ndarray] = {}
     engine: Engine | None = None
     with torch.inference_mode():
-        for numbers, rows in _by_length(encoded, batch_size):
+        for numbers, rows in _by_length(tasks.for_the_model(items, tokenizer), batch_size):
             batch = {key: value.to(device) for key, value in collate(rows).items()}
             few = engines.sample(batch) if engine is None else None
             engine = engines.start(model, few) if few else engine
             with engine.open() if engine else nullcontext():
                 answers = compute(batch).float().cpu().numpy()
-            results.update(zip(numbers, answers, strict=True))
-    return np.stack([results[number] for number in range(len(encoded))])
+            for number, row, answer in zip(numbers, rows, answers, strict=True):
+                results[number] = answer[: len(row["input_ids"])] if per_token else answer
+    return [results[number] for number in range(len(items))]
 
 
-def _by_length(encoded: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    columns = [name for name in encoded.column_names if name not in ("length", "unknown", "labels")]
-    rows = encoded.select_columns(columns).to_list()
+def _by_length(items: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    rows = items.to_list()
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
@@ -192,7 +196,7 @@ def read_about(home: Path) -> tuple[Task, Base, int]:
     """
     told = read_json(home / ABOUT)
     try:
-        return tasks.load(told["task"]["name"]).from_state(told["task"]), Base(**told["base"]), int(told["max_length"])
+        return tasks.from_state(told["task"]), Base(**told["base"]), int(told["max_length"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             f"{home / ABOUT}: is damaged, it does not say what hybridtune writes there",

@@ -49,8 +49,7 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
             rows["train"], rows[name] = _hold_out(recipe, task, rows["train"], sources["train"], fraction)
             sources[name] = f"{fraction:.0%} of {sources['train']}, held out with seed {seed}"
             console.line(
-                f"  no {name} rows given: {fraction:.0%} of train held out "
-                f"({len(rows[name])} rows, stratified, seed {seed})"
+                f"  no {name} rows given: {fraction:.0%} of train held out ({len(rows[name])} rows, seed {seed})"
             )
     read_counts = {name: len(table) for name, table in rows.items()}
     try:
@@ -65,7 +64,7 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
                 "columns": columns.get(name, columns["train"]),
                 "rows_read": read_counts[name],
                 "rows": len(table),
-                "fingerprint": _fingerprint(table, [*task.inputs, "label"]),
+                "fingerprint": _fingerprint(table, [*task.inputs, task.target]),
             }
             for name, table in rows.items()
         },
@@ -98,6 +97,7 @@ def _read(recipe: Recipe, task: Task) -> tuple[dict[str, Dataset], dict[str, str
         sources[name] = read.describe(source)
         table = read.read(source, name, max_rows=recipe.max_rows)
         hints = recipe.data.columns
+        task.look_at([column for column in table.column_names if column != read.ROW])
         columns[name] = read.find_columns(table, name, sources[name], task.columns, hints, task.required)
         rows[name] = read.rename_columns(table, columns[name], task.columns)
     return rows, sources, columns
@@ -119,11 +119,11 @@ def _refuse_same_file(recipe: Recipe, name: str, source: Any) -> None:
 
 def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error: DataError) -> DataError:
     """The error, with another mend where it is `max_rows` that has left labels of train out."""
-    if recipe.max_rows is None or "label" not in train.column_names:
+    if recipe.max_rows is None or task.target not in train.column_names:
         return error
     table = read.read(recipe.data.train, "train")
     every = read.map_columns(table, "train", source, task.columns, recipe.data.columns, task.required)
-    have, there = (len(set(map(str, rows["label"][:]))) for rows in (train, every))
+    have, there = (len(set(map(str, rows[task.target][:]))) for rows in (train, every))
     if have == there:
         return error
     return DataError(
@@ -158,7 +158,7 @@ def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
 
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
-        return split.hold_out(train, fraction, recipe.all_seeds()[0], multi_label=bool(recipe.multi_label))
+        return split.hold_out(train, fraction, recipe.all_seeds()[0], texts=task.apart, strata=task.strata(train))
     except DataError as error:
         problem = error
     try:
@@ -235,6 +235,7 @@ def setting_of(
         metric,
         encoded["train"],
         encoded["validation"],
+        rows["validation"],
         limit,
         plans,
         chosen,

@@ -170,6 +170,24 @@ class Data(Keys):
     columns: dict[str, str] = Field(default_factory=dict)
 
 
+class Abstain(Keys):
+    """When a classifier gives no label: where its best score is below a threshold, fitted on validation rows.
+
+    Attributes:
+        accuracy: as many rows get a label as leave this share of them right.
+        coverage: this share of the rows gets a label.
+    """
+
+    accuracy: float | None = Field(None, gt=0, le=1)
+    coverage: float | None = Field(None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Abstain:
+        if (self.accuracy is None) == (self.coverage is None):
+            raise ValueError("give one of accuracy and coverage")
+        return self
+
+
 class Goal(Keys):
     """What to raise or lower. The metric is one of the task's."""
 
@@ -211,6 +229,10 @@ class Recipe(Training):
     max_length: int | None = Field(None, gt=0)
     template: str | None = None
     multi_label: bool | None = None
+    abstain: Abstain | None = None
+    doc_stride: int | None = Field(None, gt=0)
+    max_answer_length: int | None = Field(None, gt=0)
+    n_best_size: int | None = Field(None, gt=0)
     class_weight: Literal["balanced"] | dict[str, float] | None = None
     trust_remote_code: bool = False
     per_device_eval_batch_size: int | None = Field(None, gt=0)

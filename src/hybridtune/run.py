@@ -74,6 +74,13 @@ class Run:
         """
         return self.predictor.predict(rows, columns, warn)
 
+    def say(self, row: Any, prediction: dict[str, Any]) -> str:
+        """A row and its prediction in one line for a person."""
+        values = [row] if isinstance(row, str) else [value for key, value in row.items() if key != "_row"]
+        words = (" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
+        shown = " ".join(" | ".join(words).split())
+        return f"{self.predictor.task.say(prediction)}  {shown[:100]}"
+
     def push_to_hub(self, name: str | None = None, private: bool | None = None, token: str | None = None) -> None:
         """Uploads `model/` to the hub.
 
@@ -150,11 +157,10 @@ def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str,
     if output.exists():
         raise RunError(f"output: {output} exists", mend="choose another output")
     evaluate.read_evaluation(folder)
-    stage = export.last_stage(folder)
-    written, snippet = export.write(output, stage, kind)  # type: ignore[arg-type]
-    inputs = predict.load(output, "cpu").task.inputs
+    stage, (task, _, _) = export.last_stage(folder), predict.read_about(folder / "model")
+    written, snippet = export.write(output, stage, kind, task)  # type: ignore[arg-type]
     texts = [
-        dict.fromkeys(inputs, text)
+        dict.fromkeys(task.inputs, text)
         for text in ("one short text", "and another one, which is a little longer than the first")
     ]
     return {
@@ -168,12 +174,3 @@ def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str,
 def rows_for_prediction(path: Path) -> Dataset:
     """Rows of a file, for `Run.predict`."""
     return read.read(path, "input")
-
-
-def say_prediction(row: Any, prediction: dict[str, Any]) -> str:
-    """One line for a person."""
-    values = [row] if isinstance(row, str) else [value for key, value in row.items() if key != "_row"]
-    shown = " ".join(" | ".join(map(str, values)).split())
-    label = prediction.get("label")
-    score = prediction.get("scores", {}).get(str(label))
-    return f"{label}" + (f" ({score:.0%})" if score is not None else "") + f"  {shown[:100]}"

@@ -403,8 +403,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     def _exact(self) -> bool:
         """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
         func = self.compute_loss_func
-        ours = func is _squared_error or func == self._token_loss
-        return ours or isinstance(getattr(func, "__self__", None), tasks.Task)
+        return func == self._token_loss or isinstance(getattr(func, "__self__", None), tasks.Task)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -799,19 +798,5 @@ def _read(strategy: Any) -> Strategy:
 
 def _exact_loss(model: nn.Module) -> Any:
     """The loss of the whole global batch for a model whose task we know, or None: Trainer's own."""
-    task, config = tasks.for_model(type(model).__name__), getattr(model, "config", None)
-    if task is None:
-        return None
-    kind = getattr(config, "problem_type", None)
-    if kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1):  # as transformers decides
-        return _squared_error
-    return task().loss
-
-
-def _squared_error(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """The regression loss of transformers' sequence classifiers, over the items of the global batch."""
-    logits = outputs["logits"].float()
-    total = nn.functional.mse_loss(logits, labels.to(logits).view_as(logits), reduction="sum")
-    return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+    task = tasks.for_model(model)
+    return task().loss if task else None

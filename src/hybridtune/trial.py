@@ -25,7 +25,7 @@ from .recipe import Recipe, Strategy
 from .resolve import Plan
 from .stage import METRICS, SPEED
 from .start import Start
-from .tasks import Task
+from .tasks import Task, for_the_model
 from .train import HybridTrainer, Tuned
 
 RESULT = "trial.json"
@@ -40,7 +40,8 @@ class Setting:
     Attributes:
         recipe, task: as asked for.
         metric: that decides.
-        train, validation: rows cut into tokens.
+        train, validation: rows cut into items of tokens.
+        validation_rows: as they were before.
         limit: rows are cut after that many tokens.
         plans: every candidate with every value, tried on the model.
         precision: what is computed in.
@@ -53,6 +54,7 @@ class Setting:
     metric: str
     train: Dataset
     validation: Dataset
+    validation_rows: Dataset
     limit: int
     plans: Sequence[Plan]
     precision: Choice
@@ -133,15 +135,19 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
     set_seed(seed)
     start = setting.load()
     loaded = start.loaded
+    # Less padding; what comes of it is put back in the rows' order.
+    order = np.argsort([len(ids) for ids in setting.validation["input_ids"][:]], kind="stable")
     loaded.model._hybridtune = Tuned(start.assembly, start.base, strategy)  # type: ignore[assignment]
     trainer = HybridTrainer(
         loaded.model,
         training_arguments(setting, seed, folder),
-        train_dataset=_for_trainer(setting.train),
-        eval_dataset=_for_trainer(_by_length(setting.validation)),
+        train_dataset=for_the_model(setting.train, loaded.tokenizer, labels=True),
+        eval_dataset=for_the_model(setting.validation.select(order), loaded.tokenizer, labels=True),
+        data_collator=setting.task.collator(loaded.tokenizer),
         processing_class=loaded.tokenizer,
+        preprocess_logits_for_metrics=lambda outputs, labels: setting.task.logits(outputs),
         compute_loss_func=setting.task.loss,
-        compute_metrics=_metrics(setting),
+        compute_metrics=_metrics(setting, order),
         callbacks=list(setting.callbacks),
         strategy=strategy,
         base=start.base,
@@ -210,6 +216,7 @@ def training_arguments(setting: Setting, seed: int, folder: Path) -> TrainingArg
         use_cpu=device.type == "cpu",
         bf16=setting.precision.bf16,
         disable_tqdm=True,
+        label_names=["labels"],
         eval_strategy="epoch",
         save_strategy="epoch",
         metric_for_best_model=setting.metric,
@@ -218,21 +225,14 @@ def training_arguments(setting: Setting, seed: int, folder: Path) -> TrainingArg
     )
 
 
-def _by_length(encoded: Dataset) -> Dataset:
-    """Less padding; the metrics know no order."""
-    return encoded.select(np.argsort(encoded["length"], kind="stable"))
-
-
-def _for_trainer(encoded: Dataset) -> Dataset:
-    return encoded.remove_columns(["length", "unknown"])
-
-
-def _metrics(setting: Setting) -> Callable[[EvalPrediction], dict[str, float]]:
+def _metrics(setting: Setting, order: np.ndarray) -> Callable[[EvalPrediction], dict[str, float]]:
     """The task's metrics, with the user's own beside them."""
+    task, lengths = setting.task, [len(ids) for ids in setting.validation["input_ids"][:]]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        outputs = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        found = setting.task.aggregate(setting.task.row_stats(outputs, prediction.label_ids))
+        answers = dict(zip(order.tolist(), prediction.predictions, strict=True))
+        logits = [answers[item][: lengths[item]] if task.per_token else answers[item] for item in range(len(order))]
+        found = task.aggregate(task.row_stats(logits, setting.validation, setting.validation_rows))
         return found | (setting.compute_metrics(prediction) if setting.compute_metrics else {})
 
     return compute

@@ -42,7 +42,7 @@ def run(output: Path, overwrite: bool, assignments: list[str], console: Console)
     console.line("")
     predictions = tuned.predict(MESSAGES)
     for message, prediction in zip(MESSAGES, predictions, strict=True):
-        console.line("  " + api.say_prediction(message, prediction))
+        console.line("  " + tuned.say(message, prediction))
     return {
         "run": str(tuned.folder),
         "decision": tuned.decision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -115,7 +116,7 @@ def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches)
     """The layers below all that is trained, where there are any, and what is kept of them."""
     torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
     with seam.open():
-        depth, modules = lowest_trained(seam.stacks[0].layers, lambda: model(**batch))
+        depth, modules = lowest_trained(seam.stacks[0].layers, lambda: _run(model, batch))
     if not depth:
         return None
     over = {module for layer in seam.stacks[0].layers[depth:] for module in layer.modules()}
@@ -152,10 +153,19 @@ def _check(engine: Engine, batch: dict[str, Any], padded: torch.Tensor) -> str:
     return "" if difference <= allowed else f"its logits would be others (by {difference:.2g}, {allowed:.2g} allowed)"
 
 
+def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
+    """The model's output; labels only where it knows them: a task's own loss may take others than the model's."""
+    known = "labels" in inspect.signature(model.forward).parameters
+    return model(**(batch if known else {key: value for key, value in batch.items() if key != "labels"}))
+
+
 def _answers(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Logits where they count: of the rows, or of those of their tokens that are no padding."""
-    output = model(**batch)
-    logits: torch.Tensor = output["logits"] if "logits" in output else output[0]
+    output = _run(model, batch)
+    if "start_logits" in output:
+        logits = torch.stack([output["start_logits"], output["end_logits"]], -1)
+    else:
+        logits = output["logits"] if "logits" in output else output[0]
     masks: Sequence[Any] = (batch.get("decoder_attention_mask"), batch.get("attention_mask"))
     if batch.get("labels") is not None and logits.dim() == 3 and batch["labels"].shape == logits.shape[:2]:
         masks = (batch["labels"].ne(-100), *masks)

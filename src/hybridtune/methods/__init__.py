@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
+from .. import own_file
 from ..anatomy import Part
 from ..errors import MethodError, RecipeError, nearest, unknown
 
@@ -90,14 +90,8 @@ def load(name: str) -> Method:
     Raises:
         MethodError: there is no such method, or the file does not keep the contract.
     """
-    if name.endswith(".py"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise MethodError(
-                f"method: {name}: there is no such file",
-                mend=f"the path is taken from {Path.cwd()}, where hybridtune was started",
-            )
-        return _own(name, path.resolve(), path.stat().st_mtime_ns)
+    if own_file.is_path(name):
+        return _method(name, own_file.load(name, "method", MethodError))
     if name not in names():
         raise MethodError(
             f"method: {unknown('method', name, names())}", expected=", ".join(names()) + ", or a path such as ./mine.py"
@@ -108,20 +102,6 @@ def load(name: str) -> Method:
 @functools.cache
 def _brought(name: str) -> Method:
     return _method(name, importlib.import_module(f".{name}", __name__))
-
-
-@functools.cache
-def _own(name: str, path: Path, changed: int) -> Method:
-    """A user's file, run once for each version of it."""
-    spec = importlib.util.spec_from_file_location(f"hybridtune_method_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may raise
-        raise MethodError(f"method: {name}: cannot be run", found=f"{type(error).__name__}: {error}") from error
-    return _method(name, module)
 
 
 def _method(name: str, module: ModuleType) -> Method:

@@ -1,52 +1,78 @@
-"""One file a task: its file name is its name. Each offers a class `Task` that keeps the contract below."""
+"""One file a task: its file name is its name. Each offers a class `Task` that keeps the contract below.
+
+A task of the user's own is such a file anywhere: `task: ./mine.py`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from .. import own_file
 from ..errors import RecipeError, unknown
+from . import metrics as measures
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..data.check import Finding
     from ..recipe import Recipe
     from .metrics import Interval
 
 Stats = dict[str, np.ndarray]
+Logits = Sequence[np.ndarray]  # an array an item
 
-_NO_TASKS = {"baselines", "metrics"}  # what the tasks share
+_NO_TASKS = {"baselines", "metrics"}  # what the tasks share, and what begins with an underscore
 
 
 class Task(ABC):
     """What a task knows: its columns, its model class, its loss, its predictions and its metrics.
 
-    `columns` holds every column that the task can use with the other names that it commonly has, `required` those that
-    rows must have, `inputs` those that the model reads; `hints` are the names that the user's own columns have.
-
     A task is made from a recipe, learns from the training rows what it has to (the label names, say), and goes into
     the manifest as plain JSON, from which it is made again.
+
+    *Rows* are the user's. *Items* are what the model takes: one a row, or several where a row is cut into windows; then
+    the column `row` says for each item which row it is of. `logits` below are a sequence with an array for each item.
+
+    Attributes:
+        name: of the task; of one of the user's own, the path of its file.
+        auto_class: transformers' class that its models have.
+        peft_type: what PEFT calls the task, in an exported adapter.
+        keys: of the recipe, that not all tasks have.
+        columns: every column that the task can use, with the other names that it commonly has.
+        required: those that rows must have.
+        inputs: those that the model reads.
+        target: the column that holds what is to be predicted.
+        metrics: name -> "maximize" or "minimize"; the first is the task's own.
+        hints: the names that the user's own columns have.
+        per_token: whether logits have a place for every token, [tokens, ...] an item.
+        pooled: whether a row's mean hidden state says something of its target, as baselines on frozen features need.
     """
 
-    name: ClassVar[str]
+    name: str
     auto_class: ClassVar[str]
+    peft_type: ClassVar[str | None] = None
+    keys: tuple[str, ...] = ()
     columns: ClassVar[dict[str, tuple[str, ...]]]
     required: tuple[str, ...]
     inputs: tuple[str, ...]
+    target: ClassVar[str]
     metrics: dict[str, str]
     hints: dict[str, str]
+    per_token: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def from_recipe(cls, recipe: Recipe) -> Task:
+    def from_recipe(cls, recipe: Recipe) -> Self:
         """Makes the task from what the user asked for."""
 
     @abstractmethod
@@ -55,12 +81,12 @@ class Task(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """All of the task as plain JSON, for the manifest."""
+        """All of the task as plain JSON, for the manifest: its name, and the arguments of its class."""
 
     @classmethod
-    @abstractmethod
-    def from_state(cls, state: dict[str, Any]) -> Task:
+    def from_state(cls, state: dict[str, Any]) -> Self:
         """Makes the task from a manifest."""
+        return cls(**{key: value for key, value in state.items() if key != "name"})
 
     @abstractmethod
     def model_config(self) -> dict[str, Any]:
@@ -68,48 +94,113 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Makes model and tokenizer fit the task (a missing pad token, the padding side)."""
+        """Makes model and tokenizer fit the task (a missing pad token, the padding side).
+
+        Raises:
+            ModelError: they cannot do it.
+        """
 
     @abstractmethod
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
-        """Turns rows into what the model takes, unpadded and truncated, with `labels` where rows have them, `length`
-        (in tokens, before truncation) and `unknown` (how many of them the tokenizer does not know)."""
+        """Turns rows into items, unpadded and truncated.
+
+        Returns:
+            The columns that the model takes, `labels` where rows have targets, `length` (in tokens, before truncation),
+            `unknown` (how many of them the tokenizer does not know), `row` where a row may have several items, and
+            whatever `decode` needs to know.
+        """
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        """Pads items to a batch."""
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(tokenizer)
+
+    def logits(self, output: Any) -> torch.Tensor:
+        """What is kept of a model's outputs (in order, without a loss), [items, ...] or [items, tokens, ...]."""
+        found: torch.Tensor = output if hasattr(output, "shape") else output[0]
+        return found
 
     @abstractmethod
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The sum of the loss over the items, divided by the number of items in the whole global batch (or here)."""
+        """The sum of the loss over the labels, divided by their number in the whole global batch (or here)."""
 
     @abstractmethod
-    def decode(self, logits: np.ndarray) -> list[dict[str, Any]]:
+    def decode(self, logits: Logits, items: Dataset, rows: Dataset) -> list[dict[str, Any]]:
         """What `predict` gives for each row."""
 
     @abstractmethod
-    def row_stats(self, logits: np.ndarray, labels: np.ndarray) -> Stats:
+    def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
         """Per row, all that the metrics are computed from; the first dimension of each array is the rows."""
 
     @abstractmethod
     def aggregate(self, stats: Stats) -> dict[str, float]:
         """The metrics of these rows."""
 
-    @abstractmethod
     def intervals(self, stats: Stats) -> dict[str, Interval]:
         """The metrics with their 95% intervals."""
+        return measures.intervals(stats, self.aggregate)
+
+    @abstractmethod
+    def right(self, stats: Stats) -> np.ndarray:
+        """For each row whether it is all right, for tests that count right rows."""
+
+    def fitted(self, logits: Logits, items: Dataset, rows: Dataset) -> Self:
+        """The task with what is fitted on validation rows after training, such as a threshold; itself if nothing is."""
+        return self
+
+    @property
+    def fits(self) -> bool:
+        """Whether `fitted` has anything to do."""
+        return False
 
     @abstractmethod
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
     ) -> list[tuple[str, str, Stats]]:
-        """Name, how it was made, and row statistics on test, of each baseline. `features`: frozen ones of both."""
+        """Name, how it was made, and row statistics on test, of each baseline.
+
+        Args:
+            train: rows to learn from.
+            test: rows to predict.
+            features: frozen ones of both, float32 [rows, width], where the task is `pooled`.
+        """
 
     @abstractmethod
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
-        """What data.json says of the labels."""
+        """What data.json says of the targets."""
 
     @abstractmethod
-    def errors(self, stats: Stats, rows: Dataset, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What evaluation.json says of where the model is wrong."""
+
+    @property
+    def doubts(self) -> list[str]:
+        """What should be said of what was fitted."""
+        return []
+
+    @property
+    def reading(self) -> str:
+        """How logits of a model that was handed over are to be read, where that is not plain; goes into its README."""
+        return ""
+
+    @abstractmethod
+    def strata(self, rows: Dataset) -> Sequence[Hashable] | None:
+        """One value a row that held-out parts shall have in the same shares; None where there is none."""
+
+    @abstractmethod
+    def say(self, prediction: dict[str, Any]) -> str:
+        """A prediction in a few words."""
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Rows that are equal in these columns stay on one side where a part is held out."""
+        return self.inputs
+
+    def look_at(self, columns: Sequence[str]) -> None:  # noqa: B027
+        """Is told of the columns that a file has, before those that are required are looked for."""
 
     @property
     def metric(self) -> str:
@@ -120,28 +211,89 @@ class Task(ABC):
         """Rows from what `predict` was given: dicts of the task's columns, or bare values where one column is all."""
         return [item if isinstance(item, dict) else {self.inputs[0]: item} for item in inputs]
 
+    def problem(self, column: str, value: Any) -> str | None:
+        """Why a value cannot stand in an input column, or None."""
+        if value is None:
+            return "is missing"
+        return "is not a text" if isinstance(value, (list, dict)) else None
+
+    @classmethod
+    def suits(cls, model: Any) -> bool:
+        """Whether a model was made for this task, by the name of its class."""
+        return type(model).__name__.endswith(cls.auto_class.removeprefix("AutoModel"))
+
 
 def names() -> list[str]:
     """Names of the tasks that the package brings."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_TASKS)
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if name not in _NO_TASKS and not name.startswith("_"))
 
 
 def load(name: str) -> type[Task]:
-    """Finds a task by its name.
+    """Finds a task by its name, or by the path of its file.
 
     Raises:
-        RecipeError: there is no such task.
+        RecipeError: there is no such task, or the file offers none.
     """
+    if own_file.is_path(name):
+        made = getattr(own_file.load(name, "task", RecipeError), "Task", None)
+        if not (isinstance(made, type) and issubclass(made, Task)):
+            raise RecipeError(f"task: {name}: offers no class Task that is a hybridtune.tasks.Task")
+        lacks = sorted(getattr(made, "__abstractmethods__", ()))
+        if lacks:
+            raise RecipeError(
+                f"task: {name}: its Task lacks {', '.join(lacks)}",
+                mend="the contract stands in hybridtune/tasks/__init__.py; the class may inherit from another task's",
+            )
+        own: type[Task] = type(
+            made.__name__, (made,), {"name": str(Path(name).resolve()), "__module__": made.__module__}
+        )
+        return own
     if name not in names():
-        raise RecipeError(f"task: {unknown('task', name, names())}", expected=", ".join(names()))
+        raise RecipeError(
+            f"task: {unknown('task', name, names())}", expected=", ".join(names()) + ", or a path such as ./mine.py"
+        )
     task: type[Task] = importlib.import_module(f".{name}", __name__).Task
     return task
 
 
-def for_model(model_class: str) -> type[Task] | None:
-    """The task that a transformers model class is made for, by its name, or None."""
-    for name in names():
-        task = load(name)
-        if model_class.endswith(task.auto_class.removeprefix("AutoModel")):
-            return task
-    return None
+def of(recipe: Recipe) -> Task:
+    """Makes the task that a recipe asks for.
+
+    Raises:
+        RecipeError: there is no such task, or a key of the recipe is of other tasks only.
+    """
+    task = load(recipe.task)
+    others = {key for name in names() for key in load(name).keys} - set(task.keys)
+    for key in sorted(others & recipe.model_fields_set):
+        if getattr(recipe, key) is not None:
+            which = ", ".join(name for name in names() if key in load(name).keys)
+            raise RecipeError(
+                f"{key}: is not of the task {recipe.task}", expected=f"task: {which}", mend="leave it away"
+            )
+    return task.from_recipe(recipe)
+
+
+def from_state(state: dict[str, Any]) -> Task:
+    """Makes a task from what a manifest says.
+
+    Raises:
+        RecipeError: it was a file of the user's own, which is not there any more.
+    """
+    return load(state["name"]).from_state(state)
+
+
+def for_the_model(items: Dataset, tokenizer: PreTrainedTokenizerBase, *, labels: bool = False) -> Dataset:
+    """The columns of encoded rows that a model takes; the others are for `decode`."""
+    wanted = {*tokenizer.model_input_names, *(("labels",) if labels else ())}
+    return items.select_columns([name for name in items.column_names if name in wanted])
+
+
+def for_model(model: Any) -> type[Task] | None:
+    """The task that a transformers model is made for, or None."""
+    return next((task for task in map(load, names()) if task.suits(model)), None)
+
+
+def peft_type(auto_class: str) -> str | None:
+    """What PEFT calls the task of a model class."""
+    return next((task.peft_type for task in map(load, names()) if task.auto_class == auto_class), None)

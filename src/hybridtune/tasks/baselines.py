@@ -1,4 +1,4 @@
-"""Classifiers that no tuning is needed for: what a tuned model has to beat."""
+"""Predictors that no tuning is needed for: what a tuned model has to beat."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ def of_texts(
         Name, how it was made, and predictions on test, of each baseline.
     """
     from sklearn.dummy import DummyClassifier
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     train, test = texts
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")
+    words = _words()
     cases: list[tuple[str, str, Any, Any, Any]] = [
         (
             "majority class",
@@ -65,3 +64,49 @@ def _fit_and_predict(model: Any, x: Any, target: np.ndarray, y: Any) -> np.ndarr
         for label in target.T
     ]
     return np.stack(columns, axis=1)
+
+
+def numbers_of_texts(
+    texts: tuple[list[str], list[str]], target: np.ndarray, features: tuple[np.ndarray, np.ndarray] | None
+) -> list[tuple[str, str, np.ndarray]]:
+    """Learns from train what numbers are predicted for test.
+
+    Args:
+        texts: of train and of test.
+        target: numbers of train, [rows, numbers].
+        features: frozen ones of train and of test.
+
+    Returns:
+        Name, how it was made, and predictions on test, of each baseline.
+    """
+    from sklearn.dummy import DummyRegressor
+    from sklearn.linear_model import Ridge
+    from sklearn.preprocessing import StandardScaler
+
+    train, test = texts
+    words = _words()
+    blank = (np.zeros((len(train), 1)), np.zeros((len(test), 1)))
+    cases: list[tuple[str, str, Any, Any, Any]] = [
+        ("mean", "the mean of train", DummyRegressor(), *blank),
+        (
+            "bag of words",
+            "tf-idf of words and pairs of words, ridge regression (alpha = 1)",
+            Ridge(),
+            words.fit_transform(train),
+            words.transform(test),
+        ),
+    ]
+    if features is not None:
+        scaler = StandardScaler().fit(features[0])
+        detail = "mean of the last hidden states of the model as it was given, ridge regression (alpha = 100)"
+        cases.append(("frozen features", detail, Ridge(alpha=100), *map(scaler.transform, features)))
+    return [
+        (name, detail, np.asarray(model.fit(x, target).predict(y)).reshape(len(test), -1))
+        for name, detail, model, x, y in cases
+    ]
+
+
+def _words() -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\w+|[^\w\s]")

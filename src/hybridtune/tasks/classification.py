@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from datasets import Dataset
 
-from .. import tasks
 from ..data import check
 from ..data.labels import label_lists, separators_of
-from ..errors import DataError, ModelError, RecipeError, unknown
-from . import Stats, baselines, metrics
+from ..errors import DataError, RecipeError, unknown
+from . import Logits, Stats, baselines, metrics
+from ._texts import TextTask
 from .metrics import Interval
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..recipe import Recipe
 
 
-class Task(tasks.Task):
-    """Classification; `labels` are the user's own names, strings or integers, in the order of the logits."""
+CURVE_POINTS = 100
+
+
+class Task(TextTask):
+    """Classification.
+
+    Args:
+        labels: the user's own names, strings or integers, in the order of the logits.
+        multi_label: whether a row may have several labels, or none.
+        class_weight: as asked for; `weights` are the numbers, one a label.
+        abstain: {"accuracy": 0.95} or {"coverage": 0.9}: when no label is given.
+        threshold: below it none is; fitted on validation rows, where `reached` of the labels above it are right.
+        separators: what stands between several labels in a text.
+    """
 
     name = "classification"
-    auto_class = "AutoModelForSequenceClassification"
+    keys = (*TextTask.keys, "multi_label", "class_weight", "abstain")
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": ("sentence", "sentence1", "message", "content", "review", "premise", "question1", "utterance", "tweet"),
-        "text_pair": ("sentence2", "hypothesis", "question2"),
+        **TextTask.columns,
         "label": ("labels", "intent", "class", "category", "target", "sentiment"),
     }
-    required: tuple[str, ...] = ("text", "label")
-    inputs: tuple[str, ...] = ("text",)
 
     def __init__(
         self,
@@ -47,50 +54,36 @@ class Task(tasks.Task):
         pairs: bool = False,
         hints: dict[str, str] | None = None,
         separators: str | None = None,
+        abstain: dict[str, float] | None = None,
+        threshold: float = 0.0,
+        reached: float | None = None,
     ) -> None:
-        self.labels, self.multi_label, self.template = list(labels), multi_label, template
+        super().__init__(template=template, pairs=pairs, hints=hints)
+        self.labels, self.multi_label, self.separators = list(labels), multi_label, separators
         self.class_weight, self.weights = class_weight, list(weights) if weights else None
-        self.hints, self.separators = dict(hints or {}), separators
-        self._take_pairs(pairs)
         names = ("macro_f1", "accuracy", "micro_f1") if multi_label else ("macro_f1", "accuracy", "weighted_f1", "mcc")
         self.metrics = dict.fromkeys(names, "maximize")
+        self.abstain, self.threshold, self.reached = abstain, threshold, reached
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Task:
-        """Reads multi_label, template, class_weight and the columns' names."""
-        if recipe.template is not None and "{text}" not in recipe.template:
+    def from_recipe(cls, recipe: Recipe) -> Self:
+        """Reads multi_label, template, class_weight, abstain and the columns' names."""
+        if recipe.abstain and recipe.multi_label:
             raise RecipeError(
-                "template: has no place for the text", found=recipe.template, expected="such as: 'Message: {text}'"
+                "abstain: a row that may have several labels may have none", mend="leave abstain or multi_label away"
             )
         return cls(
             multi_label=bool(recipe.multi_label),
-            template=recipe.template,
             class_weight=recipe.class_weight,
-            hints=recipe.data.columns,
+            abstain=recipe.abstain.model_dump(exclude_none=True) if recipe.abstain else None,
+            **cls.of_texts(recipe),
         )
-
-    def _take_pairs(self, pairs: bool) -> None:
-        """Whether a row is a pair of texts: then both are needed, else a second text is no matter."""
-        self.pairs = pairs
-        self.inputs = ("text", "text_pair") if pairs else ("text",)
-        self.required = (*self.inputs, "label")
 
     def check(
         self, splits: dict[str, Dataset], sources: dict[str, str]
     ) -> tuple[dict[str, Dataset], list[check.Finding]]:
         """Checks rows and labels; learns the label names and, where asked for, their weights."""
-        self._take_pairs("text_pair" in splits["train"].column_names)
-        for name, rows in splits.items():
-            if self.pairs and "text_pair" not in rows.column_names:
-                raise DataError(
-                    f"{sources[name]} ({name}): there is no column for text_pair, but train has one",
-                    found=", ".join(column for column in rows.column_names if column != "_row"),
-                    mend="give every file both texts, or none",
-                )
-            if not self.pairs and "text_pair" in rows.column_names:
-                splits = {**splits, name: rows.remove_columns("text_pair")}
-        if self.template is not None and "{text_pair}" in self.template and not self.pairs:
-            raise RecipeError("template: has a place for text_pair, but rows are no pairs", found=self.template)
+        splits = self.find_pairs(splits, sources)
         if self.multi_label and "label" in splits["train"].column_names:
             self.separators = separators_of(splits["train"]["label"][:])  # rows to come are cut as these are
         splits, findings = check.check_classification(
@@ -125,21 +118,16 @@ class Task(tasks.Task):
     def state(self) -> dict[str, Any]:
         """Label names and how texts are put together."""
         return {
-            "name": self.name,
+            **super().state(),
             "labels": self.labels,
             "multi_label": self.multi_label,
-            "template": self.template,
             "class_weight": self.class_weight,
             "weights": self.weights,
-            "pairs": self.pairs,
-            "hints": self.hints,
             "separators": self.separators,
+            "abstain": self.abstain,
+            "threshold": self.threshold,
+            "reached": self.reached,
         }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Task:
-        """Makes the task again."""
-        return cls(**{key: value for key, value in state.items() if key != "name"})
 
     def model_config(self) -> dict[str, Any]:
         """Number and names of the labels, and which loss they mean."""
@@ -150,50 +138,9 @@ class Task(tasks.Task):
             "problem_type": "multi_label_classification" if self.multi_label else "single_label_classification",
         }
 
-    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Pads on the right, with the end token where a decoder brings no pad token.
-
-        Decoders pool the last token that is not padding: the pad token must be known to the model too.
-        """
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token_id is None:
-            token = tokenizer.eos_token or tokenizer.unk_token
-            if token is None:
-                raise ModelError(
-                    "the tokenizer has no pad, end or unknown token to pad with",
-                    mend="add one: tokenizer.add_special_tokens({'pad_token': ...})",
-                )
-            tokenizer.pad_token = token
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-    def texts(self, rows: Dataset) -> tuple[list[str], list[str] | None]:
-        """The texts (and their pairs) that the tokenizer gets, the template filled in."""
-        pairs = [_text(value) for value in rows["text_pair"][:]] if "text_pair" in rows.column_names else None
-        texts = [_text(value) for value in rows["text"][:]]
-        if self.template is None:
-            return texts, pairs
-        if pairs is not None and "{text_pair}" in self.template:
-            return [_fill(self.template, text=t, text_pair=p) for t, p in zip(texts, pairs, strict=True)], None
-        return [_fill(self.template, text=text) for text in texts], pairs
-
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
-        """Token ids, unpadded; a pair is truncated at its longer side. An empty text is one pad token, not none."""
-        texts, pairs = self.texts(rows)
-        full = tokenizer(texts, pairs, truncation=False, verbose=False)
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
-        columns: dict[str, Any] = {key: encoded[key] for key in encoded if key in tokenizer.model_input_names}
-        for at in (at for at, ids in enumerate(encoded["input_ids"]) if not ids):
-            fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 1}
-            for key in columns:
-                columns[key][at] = [fill.get(key, 0)]
-        columns["length"] = [len(ids) for ids in full["input_ids"]]
-        unknown_id = tokenizer.unk_token_id
-        columns["unknown"] = [ids.count(unknown_id) if unknown_id is not None else 0 for ids in full["input_ids"]]
-        if "label" in rows.column_names:
-            columns["labels"] = self._multi_hot(rows).astype(np.float32) if self.multi_label else self._indices(rows)
-        return Dataset.from_dict(
-            {key: value if isinstance(value, list) else value.tolist() for key, value in columns.items()}
-        )
+    def targets(self, rows: Dataset) -> np.ndarray:
+        """Numbers of the labels; where a row may have several, 0 or 1 for each label."""
+        return self._multi_hot(rows).astype(np.float32) if self.multi_label else self._indices(rows)
 
     def _indices(self, rows: Dataset) -> np.ndarray:
         number = {label: index for index, label in enumerate(self.labels)}
@@ -249,15 +196,18 @@ class Task(tasks.Task):
             )
         return total / (items if num_items_in_batch is None else num_items_in_batch)
 
-    def decode(self, logits: np.ndarray) -> list[dict[str, Any]]:
-        """`label` (several labels: a list, those at 0.5 and above) and the score of every label."""
-        scores = 1 / (1 + np.exp(-logits)) if self.multi_label else _softmax(logits)
+    def decode(self, logits: Logits, items: Dataset, rows: Dataset) -> list[dict[str, Any]]:
+        """`label` (several labels: a list, those at 0.5 and above; None below the threshold) and all labels' scores."""
+        outputs = np.asarray(logits)
+        scores = 1 / (1 + np.exp(-outputs)) if self.multi_label else _softmax(outputs)
         decoded = []
         for row in scores:
             label: Any = (
                 [self.labels[n] for n in np.flatnonzero(row >= 0.5)]
                 if self.multi_label
                 else self.labels[int(row.argmax())]
+                if row.max() >= self.threshold
+                else None
             )
             decoded.append(
                 {
@@ -267,56 +217,109 @@ class Task(tasks.Task):
             )
         return decoded
 
-    def row_stats(self, logits: np.ndarray, labels: np.ndarray) -> Stats:
-        """Gold and predicted label of each row."""
-        if self.multi_label:
-            return {"gold": labels.astype(np.int64), "predicted": (logits >= 0).astype(np.int64)}
-        return {"gold": labels.astype(np.int64), "predicted": logits.argmax(-1)}
+    def say(self, prediction: dict[str, Any]) -> str:
+        """The label and its score."""
+        if prediction["label"] is None:
+            best, score = max(prediction["scores"].items(), key=lambda item: item[1])
+            return f"no label (best: {best}, {score:.0%})"
+        score = prediction["scores"].get(str(prediction["label"]))
+        return f"{prediction['label']}" + (f" ({score:.0%})" if score is not None else "")
+
+    def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
+        """Gold and predicted label of each row, and the score of the latter where the model may abstain."""
+        outputs, labels = np.asarray(logits), np.asarray(items["labels"][:])
+        predicted = (outputs >= 0).astype(np.int64) if self.multi_label else outputs.argmax(-1)
+        found = {"gold": labels.astype(np.int64), "predicted": predicted}
+        return {**found, "score": _softmax(outputs).max(-1)} if self.abstain else found
+
+    def right(self, stats: Stats) -> np.ndarray:
+        """Whether the label, or all of several, are the right ones."""
+        same = stats["gold"] == stats["predicted"]
+        return np.asarray(same.all(1) if self.multi_label else same)
+
+    def strata(self, rows: Dataset) -> Sequence[Hashable]:
+        """The label; of several the first."""
+        return [next(iter(labels), None) for labels in label_lists(rows["label"][:], self.multi_label)]
 
     def aggregate(self, stats: Stats) -> dict[str, float]:
-        """Accuracy, macro-F1 and others, 0 to 1."""
-        return metrics.classification_metrics(stats)
+        """Accuracy, macro-F1 and others, 0 to 1: of all rows, whether the model abstains or not."""
+        return {**metrics.classification_metrics(stats), **self._answered(stats)}
+
+    def _answered(self, stats: Stats) -> dict[str, float]:
+        """Where the model may abstain: the share of rows that get a label, and the share of those that is right."""
+        if "score" not in stats:
+            return {}
+        given = stats["score"] >= self.threshold
+        right = stats["gold"][given] == stats["predicted"][given]
+        return {"coverage": float(given.mean()), "answered_accuracy": float(right.mean()) if len(right) else 1.0}
 
     def intervals(self, stats: Stats) -> dict[str, Interval]:
         """Wilson for accuracy, BCa bootstrap for the others."""
-        return metrics.classification_intervals(stats, self.labels)
+        found = metrics.classification_intervals(stats, self.labels)
+        return {**found, **metrics.intervals(stats, self._answered)} if self.abstain else found
+
+    @property
+    def fits(self) -> bool:
+        """Where the model may abstain, when it does."""
+        return self.abstain is not None
+
+    def fitted(self, logits: Logits, items: Dataset, rows: Dataset) -> Self:
+        """With the threshold that `abstain` asks for on these rows, or the nearest to it that there is."""
+        assert self.abstain is not None
+        points = metrics.coverage_curve(self.row_stats(logits, items, rows))
+        if "coverage" in self.abstain:
+            chosen = next(point for point in points if point["coverage"] >= self.abstain["coverage"])
+        else:
+            reached = [point for point in points if point["accuracy"] >= self.abstain["accuracy"]]
+            chosen = reached[-1] if reached else max(points, key=lambda point: point["accuracy"])
+        return self.from_state({**self.state(), "threshold": chosen["threshold"], "reached": chosen["accuracy"]})
+
+    @property
+    def doubts(self) -> list[str]:
+        """That no threshold is as good as was asked for."""
+        asked = (self.abstain or {}).get("accuracy")
+        if asked is None or self.reached is None or self.reached >= asked:
+            return []
+        best = f"{self.reached:.0%} at best"
+        return [f"abstain: no threshold leaves {asked:.0%} of the labels right on validation rows, {best}"]
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
     ) -> list[tuple[str, str, Stats]]:
         """Majority class, bag of words, and a logistic regression on the frozen model's features."""
         numbers = self._multi_hot if self.multi_label else self._indices
-        gold, texts = numbers(test), (self._joined(train), self._joined(test))
+        gold, texts = numbers(test), (self.joined(train), self.joined(test))
         made = baselines.of_texts(texts, numbers(train), features)
         return [(name, detail, {"gold": gold, "predicted": predicted}) for name, detail, predicted in made]
-
-    def _joined(self, rows: Dataset) -> list[str]:
-        texts, pairs = self.texts(rows)
-        return texts if pairs is None else [f"{text} {pair}" for text, pair in zip(texts, pairs, strict=True)]
 
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
         """How often each label stands in each split."""
         return {"labels": check.label_table(splits, self.labels, self.multi_label)}
 
-    def errors(self, stats: Stats, rows: Dataset, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Per-class table, confusion matrix and the worst confusions with examples."""
         found: dict[str, Any] = {"per_class": metrics.per_class(stats, self.labels)}
+        if self.abstain:
+            points = metrics.coverage_curve(stats)
+            every = max(1, len(points) // CURVE_POINTS)
+            found["abstain"] = {"asked": self.abstain, "threshold": self.threshold, "curve": points[::every]}
         if self.multi_label:
             return found
         matrix = np.array(metrics.confusion(stats, len(self.labels)))
         found["confusion"] = {"labels": self.labels, "matrix": matrix.tolist()}
         np.fill_diagonal(matrix, 0)
         worst = []
-        texts, numbers = self._joined(rows), rows["_row"][:]
+        texts, numbers = self.joined(rows), rows["_row"][:]
         for at in np.argsort(-matrix, axis=None, kind="stable")[:10]:
             gold, predicted = np.unravel_index(at, matrix.shape)
             if matrix[gold, predicted] == 0:
                 break
             found_at = np.flatnonzero((stats["gold"] == gold) & (stats["predicted"] == predicted)).tolist()
             name = str(self.labels[predicted])
-            hits = sorted(found_at, key=lambda row: -scores[row]["scores"][name])[:3]
+            hits = sorted(found_at, key=lambda row: -predictions[row]["scores"][name])[:3]
             examples = [
-                {"row": numbers[hit], "text": texts[hit][:300], "score": scores[hit]["scores"][name]} for hit in hits
+                {"row": numbers[hit], "text": texts[hit][:300], "score": predictions[hit]["scores"][name]}
+                for hit in hits
             ]
             worst.append(
                 {
@@ -327,15 +330,6 @@ class Task(tasks.Task):
                 }
             )
         return {**found, "worst": worst}
-
-
-def _text(value: Any) -> str:
-    return "" if value is None or value != value else str(value)  # NaN is not itself
-
-
-def _fill(template: str, **values: str) -> str:
-    """Fills `{text}` in; other braces stay (a JSON example in a template is no mistake)."""
-    return re.sub(r"\{(text_pair|text)\}", lambda match: values.get(match.group(1), ""), template)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -45,6 +45,10 @@ class Interval:
     method: str
     warning: str | None = None
 
+    def times(self, factor: float) -> Interval:
+        """The same score in another unit."""
+        return replace(self, value=factor * self.value, low=factor * self.low, high=factor * self.high)
+
     def as_dict(self) -> dict[str, Any]:
         """Returns {"value", "low", "high", "method"}, and "warning" only where there is one."""
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -161,6 +165,62 @@ def classification_intervals(stats: Stats, names: Sequence[Any]) -> dict[str, In
             sentence = f"{share} have fewer than {FEW_ROWS_OF_A_CLASS} test rows{which}: {UNSURE} 95%"
             out[name] = replace(out[name], warning=_join(out[name].warning, sentence))
     return out
+
+
+def intervals(stats: Stats, metrics: Callable[[Stats], dict[str, float]]) -> dict[str, Interval]:
+    """95% BCa bootstrap intervals of several metrics of the rows, from one set of resamples."""
+    names = list(metrics(stats))
+
+    def at(rows: Array) -> list[float]:
+        found = metrics(_take(stats, rows))
+        return [found[name] for name in names]
+
+    return dict(zip(names, _resample(_rows(stats), at, 0.95, 2000, 0), strict=True))
+
+
+def regression_metrics(stats: Stats) -> dict[str, float]:
+    """Scores of predicted numbers; `stats` is {"gold", "predicted"}, float [n, numbers]. The mean over a row's numbers.
+
+    - mse, mae: mean squared and mean absolute error (as scikit-learn's).
+    - pearson, spearman: correlation of numbers and of ranks (as SciPy's); 0 where one side does not vary.
+    """
+    from scipy.stats import rankdata
+
+    gold, predicted = stats["gold"], stats["predicted"]
+    if gold.shape != predicted.shape or gold.ndim != 2:
+        raise ValueError(f"gold has shape {gold.shape}, predicted has {predicted.shape}: both must be [n, numbers]")
+    pairs = list(zip(gold.T, predicted.T, strict=True))
+    return {
+        "mse": float(((predicted - gold) ** 2).mean(0).mean()),
+        "mae": float(np.abs(predicted - gold).mean(0).mean()),
+        "pearson": float(np.mean([_correlation(*pair) for pair in pairs])),
+        "spearman": float(np.mean([_correlation(*map(rankdata, pair)) for pair in pairs])),
+    }
+
+
+def coverage_curve(stats: Stats) -> list[dict[str, float]]:
+    """What a classifier that abstains below a threshold answers, and how much of it is right (El-Yaniv & Wiener 2010).
+
+    `stats` is {"gold", "predicted", "score"}, [n] each. One {"threshold", "coverage", "accuracy"} for every score that
+    occurs, the highest first; coverage is the share of rows with at least that score, accuracy that of right ones
+    among them.
+    """
+    order = np.argsort(-stats["score"], kind="stable")
+    scores, right = stats["score"][order], (stats["gold"] == stats["predicted"])[order]
+    last = np.append(scores[1:] != scores[:-1], True)  # of equal scores all are answered or none
+    answered = np.arange(1, len(scores) + 1)
+    columns = (scores[last], answered[last] / len(scores), right.cumsum()[last] / answered[last])
+    keys = ("threshold", "coverage", "accuracy")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*(x.tolist() for x in columns), strict=True)]
+
+
+def _correlation(a: Array, b: Array) -> float:
+    """Pearson's r, in the order of operations of `scipy.stats.pearsonr`."""
+    a, b = a - a.mean(), b - b.mean()
+    a_size, b_size = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if not a_size or not b_size:
+        return 0.0
+    return float(np.clip((a / a_size) @ (b / b_size), -1.0, 1.0))
 
 
 def per_class(stats: Stats, names: Sequence[Any]) -> list[dict[str, Any]]:
