@@ -19,6 +19,7 @@ from . import trial
 from .console import Console
 from .data import check, read, split
 from .data.files import READ_AS
+from .data.labels import label_lists
 from .engine import precision
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training
@@ -158,7 +159,10 @@ def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
 
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
-        return split.hold_out(train, fraction, recipe.all_seeds()[0], multi_label=bool(recipe.multi_label))
+        labels = label_lists(train["label"][:], bool(recipe.multi_label))
+        texts = [name for name in ("text", "text_pair") if name in train.column_names]
+        strata = [next(iter(of_row), None) for of_row in labels]
+        return split.hold_out(train, fraction, recipe.all_seeds()[0], texts=texts, strata=strata, keep=labels)
     except DataError as error:
         problem = error
     try:
