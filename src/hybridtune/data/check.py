@@ -11,8 +11,17 @@ import numpy as np
 from .classification import check_classification
 from .findings import Finding
 from .labels import label_names, label_table, split_labels
+from .regression import check_regression
 
-__all__ = ["Finding", "check_classification", "label_names", "label_table", "length_summary", "split_labels"]
+__all__ = [
+    "Finding",
+    "check_classification",
+    "check_regression",
+    "label_names",
+    "label_table",
+    "length_summary",
+    "split_labels",
+]
 
 
 def length_summary(lengths: np.ndarray, limit: int) -> dict[str, int]:
