@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from hybridtune.data import split
+from hybridtune.data.labels import label_lists
 from hybridtune.data.read import read
-from hybridtune.data.split import hold_out
+from hybridtune.data.split import k_folds
 from hybridtune.errors import DataError
 
 SMS = Path(__file__).parents[1] / "../shared/data/sms_spam_tiny"
@@ -18,6 +20,14 @@ SMS = Path(__file__).parents[1] / "../shared/data/sms_spam_tiny"
 
 def rows_of(labels: list[Any], texts: list[str] | None = None) -> Dataset:
     return Dataset.from_dict({"text": texts or [f"text {n}" for n in range(len(labels))], "label": labels})
+
+
+def hold_out(rows: Dataset, fraction: float, seed: int, *, multi_label: bool) -> tuple[Dataset, Dataset]:
+    """As for a classification."""
+    labels = label_lists(rows["label"][:], multi_label)
+    texts = [name for name in ("text", "text_pair") if name in rows.column_names]
+    strata = [next(iter(of_row), None) for of_row in labels]
+    return split.hold_out(rows, fraction, seed, texts=texts, strata=strata, keep=labels)
 
 
 def test_every_row_is_on_one_side_in_its_order() -> None:
@@ -111,6 +121,56 @@ def test_several_labels_go_by_the_first() -> None:
 def test_what_cannot_be_held_out(rows: Dataset, fraction: float, message: str) -> None:
     with pytest.raises(DataError, match=message):
         hold_out(rows, fraction, 0, multi_label=False)
+
+
+def test_without_strata_and_with_lists_of_words() -> None:
+    tokens = [["Word", str(n // 2)] for n in range(60)]
+    kept, held = split.hold_out(Dataset.from_dict({"tokens": tokens}), 0.2, 0, texts=["tokens"], strata=None)
+    assert len(held) == 12
+    assert not {tuple(row) for row in kept["tokens"]} & {tuple(row) for row in held["tokens"]}
+
+
+def test_strata_need_not_be_a_column() -> None:
+    rows = rows_of(["a"] * 100)
+    bins = [n // 50 for n in range(100)]
+    held = split.hold_out(rows, 0.1, 3, texts=["text"], strata=bins)[1]
+    assert Counter(int(text.split()[1]) // 50 for text in held["text"]) == {0: 5, 1: 5}
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_each_row_is_held_out_once(k: int) -> None:
+    labels = ["a"] * 31 + ["b"] * 17 + ["c"] * 2
+    rows = rows_of(labels)
+    folds = k_folds(rows, k, 0, texts=["text"], strata=labels)
+    assert sorted(text for _, held in folds for text in held["text"]) == sorted(rows["text"])
+    sizes = [len(held) for _, held in folds]
+    assert max(sizes) - min(sizes) <= 1
+    for label in "abc":
+        shares = [held["label"][:].count(label) for _, held in folds]
+        assert max(shares) - min(shares) <= 1
+    for kept, held in folds:
+        assert sorted(kept["text"][:] + held["text"][:]) == sorted(rows["text"])
+        numbers = [int(text.split()[1]) for text in held["text"]]
+        assert numbers == sorted(numbers)
+
+
+def test_folds_keep_equal_texts_together_and_the_seed_decides() -> None:
+    rows = rows_of(["a", "b"] * 30, [f"Text {n // 4}" if n % 2 else f" text  {n // 4}" for n in range(60)])
+    folds = k_folds(rows, 4, 1, texts=["text"], strata=None)
+    for kept, held in folds:
+        assert not {text.split()[1] for text in kept["text"]} & {text.split()[1] for text in held["text"]}
+    assert [held["text"][:] for _, held in folds] == [
+        held["text"][:] for _, held in k_folds(rows, 4, 1, texts=["text"], strata=None)
+    ]
+    assert folds[0][1]["text"][:] != k_folds(rows, 4, 2, texts=["text"], strata=None)[0][1]["text"][:]
+
+
+def test_too_many_folds() -> None:
+    rows = rows_of(["a", "b"] * 6, ["same"] * 11 + ["other"])
+    with pytest.raises(DataError, match=r"too few rows for 3 folds\n.*2 different texts"):
+        k_folds(rows, 3, 0, texts=["text"], strata=None)
+    with pytest.raises(DataError, match="number of folds is too small"):
+        k_folds(rows, 1, 0, texts=["text"], strata=None)
 
 
 def test_real_data() -> None:

@@ -19,6 +19,7 @@ from . import trial
 from .console import Console
 from .data import check, read, split
 from .data.files import READ_AS
+from .data.labels import label_lists
 from .engine import precision
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training

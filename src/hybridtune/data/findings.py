@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
 
 from ..errors import DataError
-from .rows import Rows
+from .rows import Rows, as_text
 
-Splits: TypeAlias = dict[str, Rows]
-Details: TypeAlias = Callable[[Rows, int], dict[str, Any]]
+R = TypeVar("R", bound=Rows)
+Details: TypeAlias = Callable[[Any, int], dict[str, Any]]
 
 EXAMPLES = 5
 SHOWN = 160
@@ -18,17 +20,23 @@ SHOWN = 160
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the check found, and what it did about it.
+    """Something that a check found, and what it did about it.
 
     Attributes:
-        kind: `label_type`, `missing_label`, `empty_text`, `label_variant`, `label_typo`, `doubtful_label`, `duplicate`,
-            `conflict`, `leak`, `small_class`, `imbalance` or `absent_class`.
+        kind: of every task: `empty_text`, `duplicate`, `conflict`, `leak`; where the target may be missing or unfit:
+            `missing_label`, `label_type`. Of classification: `label_variant`, `label_typo`, `doubtful_label`,
+            `small_class`, `imbalance`, `absent_class`. Of regression: `no_number`, `decimal_comma`, `outlier`,
+            `constant_target`, `few_values`. Of tagging: `length_mismatch`, `scheme`, `broken_tags`, `tag_variant`,
+            `rare_type`, `unknown_type`, `absent_type`. Of question answering: `answer_form`, `answer_spaces`,
+            `answer_writing`, `offset_missing`, `offset_bytes`, `offset_utf16`, `offset_line_ends`, `offset_moved`,
+            `answer_absent`, `no_answer`, `shared_context`.
         split: the split where it was found.
-        count: how many rows; how many classes for `small_class`, `imbalance` and `absent_class`.
+        count: how many rows; how many classes or types for kinds that speak of these.
         did: what was done, in words.
         level: "info" or "warning".
-        examples: at most five rows, each `{"row", "text", ...}` and what belongs to the kind: `label`, `suggestion`,
-            `other_row`, `other_split`, `other_label`, `rows` (of the class).
+        examples: at most five rows, each with `row`, its texts by the names of their columns, and what belongs to the
+            kind: `label` (or `tags`, `answers`), `suggestion`, `other_row`, `other_split`, `other_label` (or
+            `other_tags`, `other_answers`), `rows` (of the class).
     """
 
     kind: str
@@ -46,7 +54,7 @@ class Finding:
 def finding(
     kind: str,
     rows: Rows,
-    where: Sequence[int],
+    where: Sequence[int] | np.ndarray,
     did: str,
     level: str,
     details: Details | None = None,
@@ -60,25 +68,27 @@ def finding(
         where: the rows that it was found in, by their position in `rows`.
         did: what was done.
         level: "info" or "warning".
-        details: gives what an example says besides row and text; the label where it is not given.
+        details: gives what an example says besides row and texts; the target where it is not given.
         count: where it is not the number of rows.
     """
     examples = []
-    for at in where[:EXAMPLES]:
-        texts = zip(("text", "text_pair"), rows.texts[at], strict=False)
-        example: dict[str, Any] = {"row": rows.number[at]} | {name: text[:SHOWN] for name, text in texts}
-        examples.append(example | (details(rows, at) if details else {"label": rows.label(at)}))
+    for at in map(int, where[:EXAMPLES]):
+        row = rows.row(at)
+        texts = {name: as_text(row[name])[:SHOWN] for name in rows.texts}
+        told = details(rows, at) if details else rows.target(at)
+        examples.append({"row": int(rows.number[at]), **texts, **told})
     return Finding(kind, rows.split, len(where) if count is None else count, did, level, examples)
 
 
-def drop(splits: Splits, split: str, dropped: Iterable[int], found: list[Finding]) -> Splits:
+def drop(splits: dict[str, R], split: str, dropped: np.ndarray, found: list[Finding]) -> dict[str, R]:
     """Takes rows out of a split.
 
     Raises:
         DataError: none would be left; the findings so far say why.
     """
-    gone = set(dropped)
-    kept = splits[split].keep([at not in gone for at in range(len(splits[split]))])
+    wanted = np.ones(len(splits[split]), bool)
+    wanted[dropped] = False
+    kept = splits[split].keep(wanted)
     if len(kept) == 0:
         raise DataError(
             f"{kept.source}: no rows of {split} are left after the check",
@@ -86,3 +96,10 @@ def drop(splits: Splits, split: str, dropped: Iterable[int], found: list[Finding
             mend="look at these rows, and at whether data.columns names the right columns",
         )
     return {**splits, split: kept}
+
+
+def some(words: Iterable[str]) -> str:
+    """Returns the first few of these, and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - EXAMPLES} more" if len(words) > EXAMPLES else ""
+    return ", ".join(words[:EXAMPLES]) + more

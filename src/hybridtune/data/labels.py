@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from datasets import Dataset
@@ -38,16 +39,24 @@ def split_labels(value: Any, separators: str = SEPARATORS) -> list[Any]:
     if isinstance(value, str):
         text = value.strip()
         separator = next((character for character in separators if character in text), None)
-        if text.startswith("[") and text.endswith("]"):
-            try:
-                return split_labels(ast.literal_eval(text), "")
-            except (ValueError, SyntaxError, TypeError):  # no list of plain values: brackets in a label
-                pass
+        written = written_list(text)
+        if written is not None:
+            return split_labels(written, "")
         items: Iterable[Any] = text.split(separator) if separator else [text]
     else:
         items = value if isinstance(value, (list, tuple, set)) else [value]
     labels = (item.strip() if isinstance(item, str) else tidy(item) for item in items)
     return list(dict.fromkeys(label for label in labels if label is not None and label != ""))
+
+
+def written_list(text: str) -> list[Any] | None:
+    """Returns the list that a text writes out, "['a', 'b']", as pandas writes lists into CSV; None if it is none."""
+    if text.startswith("[") and text.endswith("]"):
+        with suppress(ValueError, SyntaxError, TypeError):  # brackets in a label
+            value = ast.literal_eval(text)
+            plain = isinstance(value, list) and not any(isinstance(item, (list, dict, set)) for item in value)
+            return value if plain else None
+    return None
 
 
 def separators_of(values: Iterable[Any]) -> str:
@@ -156,23 +165,40 @@ def _letters(label: str) -> str:
     return "".join(character for character in label if not character.isdigit())
 
 
-def refuse_what_is_no_class(labels: Sequence[Any], where: str) -> None:
+def ways_of_writing(counts: Counter[Any], train: Counter[Any], renames: dict[Any, Any]) -> dict[Any, Any]:
+    """Returns label -> what it is called in train, for the labels of a split.
+
+    Args:
+        counts: of the split.
+        train: of train, which may know one way of writing only, where another split has others.
+        renames: what `variants` has found in train.
+    """
+    known = {label for label in train if label not in renames}
+    by_key = {variant_key(label): label for label in known if isinstance(label, str)}
+    written = {label: by_key.get(variant_key(label)) for label in counts if isinstance(label, str)}
+    mine = {label: renames[label] for label in counts if label in renames}
+    for label, name in written.items():
+        if name is not None and label not in known:
+            mine.setdefault(label, name)
+    return mine
+
+
+def refuse_what_is_no_class(counts: Counter[Any], where: str) -> None:
     """Refuses a label column that holds numbers of a scale, or free text.
 
     Raises:
         DataError: there are more than 50 distinct labels, and they are fractions or hardly ever repeat.
     """
-    distinct = set(labels)
-    if len(distinct) <= 50:
+    if len(counts) <= 50:
         return
-    fractions = [label for label in distinct if _is_fraction(label)]
-    numeric = all(_number(label) is not None for label in distinct)
-    if not (numeric and fractions) and len(distinct) <= 0.5 * len(labels):
+    fractions = [label for label in counts if _is_fraction(label)]
+    numeric = all(_number(label) is not None for label in counts)
+    if not (numeric and fractions) and len(counts) <= 0.5 * counts.total():
         return
-    examples = ", ".join(str(label)[:40] for label in list(dict.fromkeys(labels))[:5])
+    examples = ", ".join(str(label)[:40] for label in list(counts)[:5])
     raise DataError(
         f"{where}: the label column does not look like classes, but like {'a regression' if numeric else 'free text'}",
-        found=f"{len(distinct)} distinct values in {len(labels)} rows, e.g. {examples}",
+        found=f"{len(counts)} distinct values in {counts.total()} rows, e.g. {examples}",
         expected="a few classes, each on many rows",
         mend="check that data.columns names the right column as label"
         + (", or cut the numbers into ranges and name those" if numeric else ""),

@@ -1,94 +1,199 @@
-"""The rows of a split as the checks see them: plain Python lists next to the data set that they came from."""
+"""The rows of a split as the checks see them.
+
+The texts stay in the data set, which may lie on a disk. Of every row only a few numbers are in memory: where it is, a
+hash of its texts, and what a task keeps of its target.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import compress
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Self, TypeVar
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 
 from ..errors import DataError
 from .files import LINED_SUFFIXES, READ_AS
-from .labels import label_lists
 from .tables import ROW
+
+BATCH = 10_000
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What of a split is still kept.
+    """What of a split is still kept. Each task has a kind of its own, with arrays of its own.
 
     Attributes:
         split: its name.
         source: the file or kind of object, for messages.
-        multi_label: whether a row may have several labels, or none.
+        texts: the columns that hold its texts.
         data: the data set as it came.
         at: the positions of the kept rows in `data`.
         number: their `_row`.
-        texts: for each kept row its texts: one, or two where there is a `text_pair`.
-        keys: for each kept row the `text_key` of its texts.
-        labels: for each kept row its labels; exactly one where not `multi_label`, none where it is missing.
-        missing: for each kept row whether it has no label. ("None of them" is a label where there may be several.)
+        keys: for each kept row eight bytes, equal for equal texts.
+        empty: for each kept row whether a text is missing that it cannot do without.
+        gaps: for each kept row whether one of its texts is no text: missing, or a number.
     """
 
     split: str
     source: str
-    multi_label: bool
+    texts: tuple[str, ...]
     data: Dataset
-    at: list[int]
-    number: list[int]
-    texts: list[tuple[str, ...]]
-    keys: list[bytes]
-    labels: list[list[Any]]
-    missing: list[bool]
+    at: np.ndarray
+    number: np.ndarray
+    keys: np.ndarray
+    empty: np.ndarray
+    gaps: np.ndarray
 
     def __len__(self) -> int:
         return len(self.at)
 
-    def keep(self, wanted: Sequence[bool]) -> Rows:
+    @property
+    def same(self) -> np.ndarray:
+        """For each kept row eight bytes, equal for equal targets."""
+        raise NotImplementedError
+
+    def target(self, index: int) -> dict[str, Any]:
+        """Returns what an example says of a row's target, such as its label."""
+        raise NotImplementedError
+
+    def keep(self, wanted: np.ndarray) -> Self:
         """Returns the rows for which `wanted` holds."""
-        names = ("at", "number", "texts", "keys", "labels", "missing")
-        lists: dict[str, Any] = {name: list(compress(getattr(self, name), wanted)) for name in names}
-        return replace(self, **lists)
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: a[wanted] for name, a in arrays.items() if isinstance(a, np.ndarray)})
 
     def place(self, index: int) -> str:
         """Returns where a row stands: file:line, or the number of the row where there are no lines."""
-        return place(self.source, self.number[index])
+        return place(self.source, int(self.number[index]))
 
-    def label(self, index: int) -> Any:
-        """Returns the label of a row as the data set has it: a list where there may be several."""
-        labels = self.labels[index]
-        return labels if self.multi_label else next(iter(labels), None)
+    def row(self, index: int) -> dict[str, Any]:
+        """Returns a row as the data set has it."""
+        found: dict[str, Any] = self.data[int(self.at[index])]
+        return found
 
-    def counts(self) -> Counter[Any]:
-        """Returns label -> number of rows that have it."""
-        return Counter(label for labels in self.labels for label in labels)
+    def into(self, kind: Callable[..., R], **arrays: Any) -> R:
+        """Returns these rows as those of a task, with what belongs to it."""
+        return kind(**{field.name: getattr(self, field.name) for field in fields(self)}, **arrays)
 
-    def is_empty(self, index: int) -> bool:
-        """Whether none of the texts of a row says anything."""
-        return not any(text.strip() for text in self.texts[index])
+    @cached_property
+    def kept(self) -> Dataset:
+        """The kept rows as the data set has them."""
+        return self.data if len(self) == len(self.data) else self.data.select(self.at)
 
-    def to_dataset(self, label_type: pa.DataType) -> Dataset:
-        """Returns what is kept as a data set of its own."""
-        rows = self.data if len(self) == len(self.data) else self.data.select(self.at)
-        table: pa.Table = rows.with_format("arrow")[:]
-        columns = {name: table[name] for name in table.column_names}
-        for position, name in enumerate(name for name in ("text", "text_pair") if name in columns):
-            columns[name] = pa.array([texts[position] for texts in self.texts], pa.string())
-        labels = [self.label(index) for index in range(len(self))]
-        columns["label"] = pa.array(labels, pa.list_(label_type) if self.multi_label else label_type)
-        return Dataset(pa.table(columns))
+    def batches(self, *columns: str) -> Iterator[tuple[list[Any], ...]]:
+        """Yields the values of these columns, some thousand kept rows at a time."""
+        return batches(self.kept, columns)
+
+    def plain_texts(self) -> dict[str, pa.ChunkedArray]:
+        """Returns the columns of texts that have to be written anew, as something in them is no text."""
+        if not self.gaps.any():
+            return {}
+        return {
+            name: self.rewritten(lambda values: list(map(as_text, values)), pa.string(), name) for name in self.texts
+        }
+
+    def rewritten(self, change: Callable[..., list[Any]], kind: pa.DataType, *columns: str) -> pa.ChunkedArray:
+        """Returns a column that `change` makes of the values of these columns, for the kept rows."""
+        return pa.chunked_array([pa.array(change(*values), kind) for values in self.batches(*columns)], kind)
+
+    def to_dataset(self, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> Dataset:
+        """Returns what is kept as a data set of its own.
+
+        Args:
+            columns: those that are not what they were, for the kept rows. All others are not copied.
+        """
+        if not columns:
+            return self.kept
+        table: pa.Table = self.data.data.table
+        inside = self.data._indices  # where rows were picked before, the table still has all of them
+        places = self.at if inside is None else inside.column(0).to_numpy()[self.at]
+        whole = len(places) == table.num_rows and bool((places == np.arange(len(places))).all())
+        if not whole:
+            back = np.full(table.num_rows, -1)
+            back[places] = np.arange(len(places))
+            columns = {name: values.take(pa.array(back, mask=back < 0)) for name, values in columns.items()}
+        for name, values in columns.items():
+            table = table.set_column(table.column_names.index(name), name, values)
+        # Without a fingerprint of ours, datasets would take one of all bytes
+        made = Dataset(table.replace_schema_metadata(None), fingerprint=generate_random_fingerprint())
+        return made if whole else made.select(places)
 
 
-def place(source: str, number: int) -> str:
-    """Returns where a row stands: file:line, or the number of the row where there are no lines."""
-    return f"{source}:{number}" if source.lower().endswith(LINED_SUFFIXES) else f"{source}, row {number}"
+def open_rows(
+    split: str,
+    data: Dataset,
+    source: str,
+    texts: Sequence[str],
+    target: str,
+    needed: int = 1,
+    read: Callable[[Any], str] | None = None,
+) -> Rows:
+    """Looks at the texts of a split.
+
+    Args:
+        split: its name.
+        data: with canonical columns.
+        source: what `describe` returned.
+        texts: the columns of its texts.
+        target: the column of what is to be learnt, which has to be there too.
+        needed: how many of the texts of a row have to say something.
+        read: what makes a text of a value, where values need not be texts.
+
+    Raises:
+        DataError: a column is not there, or holds something else than texts.
+    """
+    where = source.partition(READ_AS)[0]
+    data = data.with_format(None)
+    for name in (*texts, target):
+        if name not in data.column_names:
+            raise DataError(f"{where}: there is no column {name}", found=", ".join(data.column_names))
+    if read is None:
+        for name in texts:
+            _refuse_no_text(data, name, where)
+    keys, says, gaps = text_keys(data, texts, read or as_text)
+    number = row_numbers(data).astype(np.int32)
+    at = np.arange(len(data), dtype=np.int32)
+    return Rows(split, where, tuple(texts), data, at, number, keys, says < needed, gaps)
+
+
+def batches(data: Dataset, columns: Sequence[str]) -> Iterator[tuple[list[Any], ...]]:
+    """Yields the values of these columns, some thousand rows at a time."""
+    for table in data.select_columns(list(columns)).with_format("arrow").iter(BATCH):
+        yield tuple(table[name].to_pylist() for name in columns)
+
+
+def text_keys(
+    data: Dataset, columns: Sequence[str], read: Callable[[Any], str] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns for each row the `text_key` of its texts, how many of them say something, and whether one is no text."""
+    read = read or as_text
+    keys, says, gaps = [], [], []
+    for values in batches(data, columns):
+        texts = [list(map(read, column)) for column in values]
+        keys.append(np.frombuffer(b"".join(map(text_key, *texts)), np.uint64))
+        says.append(sum(np.array([bool(text.strip()) for text in column], np.int8) for column in texts))
+        gaps.append(np.array([not all(isinstance(value, str) for value in row) for row in zip(*values, strict=True)]))
+    if not keys:
+        return np.empty(0, np.uint64), np.empty(0, np.int8), np.empty(0, bool)
+    return np.concatenate(keys), np.concatenate(says), np.concatenate(gaps)
+
+
+def as_text(value: Any) -> str:
+    """Returns a value as text: a missing one is empty, the words of a list stand with spaces between them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return " ".join(map(as_text, value))
+    return "" if pd.isna(value) else str(value)
 
 
 def text_key(*texts: str) -> bytes:
@@ -97,102 +202,39 @@ def text_key(*texts: str) -> bytes:
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def row_numbers(data: Dataset) -> list[int]:
+def place(source: str, number: int) -> str:
+    """Returns where a row stands: file:line, or the number of the row where there are no lines."""
+    return f"{source}:{number}" if source.lower().endswith(LINED_SUFFIXES) else f"{source}, row {number}"
+
+
+def row_numbers(data: Dataset) -> np.ndarray:
     """Returns `_row`, or 1, 2, 3, ... where the data set did not come from `read`."""
     if ROW not in data.column_names:
-        return list(range(1, len(data) + 1))
-    numbers: list[int] = data[ROW][:]
+        return np.arange(1, len(data) + 1)
+    numbers: np.ndarray = data.with_format("numpy", columns=[ROW])[ROW][:]
     return numbers
 
 
-def text_columns(data: Dataset, where: str) -> list[tuple[str, ...]]:
-    """Returns for each row its `text`, and its `text_pair` where there is one; missing ones are empty, numbers text.
+def column_type(data: Dataset, name: str) -> pa.DataType:
+    """Returns the type that a column has in Arrow."""
+    return data.data.table.schema.field(name).type
 
-    Raises:
-        DataError: there is no column `text`, or it holds something else than text.
-    """
-    if "text" not in data.column_names:
-        raise DataError(f"{where}: there is no column text", found=", ".join(data.column_names))
-    columns = []
-    for name in ("text", "text_pair"):
-        if name not in data.column_names:
-            continue
-        values = data[name][:]
-        odd = next((at for at, value in enumerate(values) if isinstance(value, (list, dict))), None)
-        if odd is not None:
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of this type are lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _refuse_no_text(data: Dataset, name: str, where: str) -> None:
+    kind = column_type(data, name)
+    if not (is_list(kind) or pa.types.is_struct(kind)):
+        return
+    values = (value for (batch,) in batches(data, [name]) for value in batch)
+    for number, value in zip(row_numbers(data), values, strict=True):
+        if value is not None:
             raise DataError(
-                f"{place(where, row_numbers(data)[odd])}: {name} is not a text",
-                found=repr(values[odd])[:160],
+                f"{place(where, int(number))}: {name} is not a text",
+                found=repr(value)[:160],
                 expected="a text",
-                mend="join the words of a list with spaces" if isinstance(values[odd], list) else None,
+                mend="join the words of a list with spaces" if isinstance(value, list) else None,
             )
-        columns.append(["" if pd.isna(value) else str(value) for value in values])
-    return list(zip(*columns, strict=True))
-
-
-def open_rows(split: str, data: Dataset, source: str, multi_label: bool, separators: str | None = None) -> Rows:
-    """Takes the texts and labels out of a data set with canonical columns.
-
-    Raises:
-        DataError: the columns `text` and `label` are not there, or hold something else than texts and labels.
-    """
-    where = source.partition(READ_AS)[0]
-    data = data.with_format(None)
-    texts = text_columns(data, where)
-    if "label" not in data.column_names:
-        raise DataError(f"{where}: there is no column label", found=", ".join(data.column_names))
-    values = data["label"][:]
-    numbers = row_numbers(data)
-    _refuse_odd_labels(values, numbers, where, multi_label)
-    keys = [text_key(*pair) for pair in texts]
-    labels = label_lists(values, multi_label, separators)
-    missing = [value is None if multi_label else not row for value, row in zip(values, labels, strict=True)]
-    return Rows(split, where, multi_label, data, list(range(len(data))), numbers, texts, keys, labels, missing)
-
-
-def _refuse_odd_labels(values: Sequence[Any], numbers: Sequence[int], where: str, multi_label: bool) -> None:
-    first_list = next((index for index, value in enumerate(values) if isinstance(value, list)), None)
-    first_nested = next((index for index, value in enumerate(values) if _is_nested(value)), None)
-    if first_nested is not None:
-        raise DataError(
-            f"{place(where, numbers[first_nested])}: the label is an object",
-            found=repr(values[first_nested])[:160],
-            expected="a text or a number" + (", or a list of them" if multi_label else ""),
-        )
-    if first_list is not None and not multi_label:
-        raise DataError(
-            f"{place(where, numbers[first_list])}: the label is a list",
-            found=repr(values[first_list])[:160],
-            expected="one label a row",
-            mend="multi_label: true, if a row may have several labels or none",
-        )
-    vectors = [value for value in values if isinstance(value, list)]
-    equally_long = len({len(value) for value in vectors}) == 1 and len(vectors[0]) > 2
-    if equally_long and all(item in (0, 1) for vector in vectors for item in vector):
-        raise DataError(
-            f"{where}: the labels look like vectors of 0 and 1",
-            found=f"{place(where, numbers[first_list or 0])}: {vectors[0]}"[:160],
-            expected='the labels that hold, e.g. ["toxic", "insult"]',
-            mend="write the names, or the positions, of the ones instead of the vector",
-        )
-
-
-def _is_nested(value: Any) -> bool:
-    inside = value if isinstance(value, list) else ()
-    return isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in inside)
-
-
-def same_label_type(splits: dict[str, Rows]) -> tuple[dict[str, Rows], set[str]]:
-    """Makes all labels text where they are not of one type, as when one split is CSV and another JSON.
-
-    Returns:
-        The splits, and the names of those that were changed.
-    """
-    types = {type(label) for rows in splits.values() for labels in rows.labels for label in labels}
-    if len(types) < 2:
-        return splits, set()
-    changed = {
-        name: replace(rows, labels=[[str(label) for label in labels] for labels in rows.labels])
-        for name, rows in splits.items()
-    }
-    return changed, {name for name, rows in splits.items() if changed[name].labels != rows.labels}

@@ -1,31 +1,43 @@
-"""Holds out a part of the rows, by label, and without a text standing on both sides."""
+"""Holds rows out, by their stratum (such as their label), and without a text standing on both sides."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 
 from ..errors import DataError
-from .labels import label_lists
-from .rows import text_columns, text_key
+from .rows import text_keys
 
 MIN_ROWS = 10
 
 
-def hold_out(rows: Dataset, fraction: float, seed: int, *, multi_label: bool) -> tuple[Dataset, Dataset]:
+def hold_out(
+    rows: Dataset,
+    fraction: float,
+    seed: int,
+    *,
+    texts: Sequence[str],
+    strata: Sequence[Hashable] | None,
+    keep: Sequence[Collection[Hashable]] | None = None,
+) -> tuple[Dataset, Dataset]:
     """Splits rows in two.
 
     Args:
-        rows: with the columns `text`, `label` and perhaps `text_pair`.
-        fraction: how many of them are held out, between 0 and 1; of every class as exactly as whole rows allow.
+        rows: of any task.
+        fraction: how many of them are held out, between 0 and 1; of every stratum as exactly as whole rows allow.
         seed: the same seed holds out the same rows.
-        multi_label: whether a row may have several labels; the first of them then stands for all.
+        texts: the columns whose texts make two rows the same. Lists of words are texts too.
+        strata: what each row is of, such as its label; None where all are alike.
+        keep: what of each row has to stand in a row that is kept, such as all of its labels; its stratum where not
+            given.
 
     Returns:
         What is kept and what is held out, both in the order of `rows`. Rows with equal texts are on one side, and a
-        class of two rows or more keeps at least one.
+        stratum of two rows or more keeps at least one.
 
     Raises:
         DataError: there are too few rows.
@@ -34,57 +46,108 @@ def hold_out(rows: Dataset, fraction: float, seed: int, *, multi_label: bool) ->
         raise DataError("the held-out part is not a fraction", found=fraction, expected="more than 0 and less than 1")
     if len(rows) < MIN_ROWS:
         raise _too_few(rows, fraction)
-    labels = label_lists(rows["label"][:], multi_label)
-    twins: dict[bytes, list[int]] = {}
-    for at, texts in enumerate(text_columns(rows, "rows")):
-        twins.setdefault(text_key(*texts), []).append(at)
-    groups = list(twins.values())
-    held = _choose(groups, [_first(labels[group[0]]) for group in groups], fraction, np.random.default_rng(seed))
-    held = _give_back(groups, labels, held)
-    out = sorted(at for group in held for at in groups[group])
-    kept = sorted(set(range(len(rows))).difference(out))
-    if not out or not kept:
+    group, sizes, stratum = _groups(rows, texts, strata)
+    held = _choose(sizes, stratum, fraction, np.random.default_rng(seed))
+    if keep is None and strata is not None:
+        keep = [(one,) for one in strata]
+    out = np.isin(group, _give_back(group, keep, held) if keep is not None else held)
+    if out.all() or not out.any():
         raise _too_few(rows, fraction)
-    return rows.select(kept), rows.select(out)
+    return rows.select(np.flatnonzero(~out)), rows.select(np.flatnonzero(out))
 
 
-def _first(labels: list[Any]) -> Any:
-    return next(iter(labels), None)
+def k_folds(
+    rows: Dataset, k: int, seed: int, *, texts: Sequence[str], strata: Sequence[Hashable] | None
+) -> list[tuple[Dataset, Dataset]]:
+    """Splits rows k times in two, so that each row is held out once.
+
+    Args:
+        rows, seed, texts, strata: as of `hold_out`.
+        k: how many folds; 2 or more.
+
+    Returns:
+        For each fold what is kept and what is held out, both in the order of `rows`. Rows with equal texts are in one
+        fold; where no texts are equal, the folds' sizes differ by one row at most, and so does any stratum's share.
+
+    Raises:
+        DataError: there are fewer different texts than folds.
+    """
+    if k < 2:
+        raise DataError("the number of folds is too small", found=k, expected="2 or more")
+    group, sizes, stratum = _groups(rows, texts, strata)
+    if len(sizes) < k:
+        raise DataError(f"too few rows for {k} folds", found=f"{len(sizes)} different texts", expected=f"at least {k}")
+    chance = np.random.default_rng(seed)
+    fold = np.empty(len(sizes), np.int32)
+    whole = [0] * k
+    for members in _by_stratum(stratum):
+        mine = [0] * k
+        for one in chance.permutation(members):
+            place = min(range(k), key=lambda at: (mine[at], whole[at]))
+            fold[one] = place
+            mine[place] += int(sizes[one])
+            whole[place] += int(sizes[one])
+    of_row = fold[group]
+    return [(rows.select(np.flatnonzero(of_row != at)), rows.select(np.flatnonzero(of_row == at))) for at in range(k)]
 
 
-def _choose(groups: list[list[int]], classes: list[Any], fraction: float, chance: np.random.Generator) -> list[int]:
-    """Returns the groups to hold out, class by class, by the method of largest remainders."""
-    of_class: dict[Any, list[int]] = {}
-    for group, label in enumerate(classes):
-        of_class.setdefault(label, []).append(group)
-    sizes = np.array([sum(len(groups[group]) for group in members) for members in of_class.values()])
-    most = sizes - 1  # one row of each class stays
-    exact = np.minimum(sizes * fraction, most)
+def _groups(
+    rows: Dataset, texts: Sequence[str], strata: Sequence[Hashable] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns of each row the group with its texts, and of each group its size and the stratum of its first row."""
+    keys, _, _ = text_keys(rows, texts)
+    group, _ = pd.factorize(keys)
+    sizes = np.bincount(group)
+    if strata is None:
+        return group, sizes, np.zeros(len(sizes), np.int64)
+    codes: dict[Any, int] = {}
+    of_row = np.array([codes.setdefault(one, len(codes)) for one in strata])
+    first = np.empty(len(sizes), np.int64)
+    first[group[::-1]] = np.arange(len(rows))[::-1]
+    return group, sizes, of_row[first]
+
+
+def _by_stratum(stratum: np.ndarray) -> list[np.ndarray]:
+    """Returns the groups of each stratum, the strata in the order in which they come."""
+    codes, _ = pd.factorize(stratum)
+    order = np.argsort(codes, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(codes))[:-1])
+
+
+def _choose(sizes: np.ndarray, stratum: np.ndarray, fraction: float, chance: np.random.Generator) -> np.ndarray:
+    """Returns the groups to hold out, stratum by stratum, by the method of largest remainders."""
+    strata = _by_stratum(stratum)
+    rows = np.array([sizes[members].sum() for members in strata])
+    most = rows - 1  # one row of each stratum stays
+    exact = np.minimum(rows * fraction, most)
     quotas = np.floor(exact).astype(int)
-    missing = max(round(sizes.sum() * fraction) - int(quotas.sum()), 0)
+    lacking = max(round(rows.sum() * fraction) - int(quotas.sum()), 0)
     by_remainder = [at for at in np.argsort(quotas - exact, kind="stable") if quotas[at] < most[at]]
-    quotas[by_remainder[:missing]] += 1
+    quotas[by_remainder[:lacking]] += 1
     held = []
-    for members, quota in zip(of_class.values(), quotas, strict=True):
+    for members, quota in zip(strata, quotas, strict=True):
         free = int(quota)
         for group in chance.permutation(members):
-            if len(groups[group]) <= free:
+            if sizes[group] <= free:
                 held.append(int(group))
-                free -= len(groups[group])
-    return held
+                free -= int(sizes[group])
+    return np.array(held, np.int64)
 
 
-def _give_back(groups: list[list[int]], labels: list[list[Any]], held: list[int]) -> list[int]:
-    """Takes a group back for each class that would have no row left to learn from."""
-    kept = set(range(len(groups))).difference(held)
-    known = {label for group in kept for at in groups[group] for label in labels[at]}
-    back = set()
-    for group in held:
-        mine = {label for at in groups[group] for label in labels[at]}
-        if not mine <= known:
-            back.add(group)
-            known |= mine
-    return [group for group in held if group not in back]
+def _give_back(group: np.ndarray, keep: Sequence[Collection[Hashable]], held: np.ndarray) -> np.ndarray:
+    """Takes a group back for each thing that would have no row left to be learnt from."""
+    out = np.isin(group, held)
+    known = {one for at in np.flatnonzero(~out).tolist() for one in keep[at]}
+    mine: dict[int, set[Hashable]] = {}
+    for at in np.flatnonzero(out).tolist():
+        if not known.issuperset(keep[at]):
+            mine.setdefault(int(group[at]), set()).update(keep[at])
+    back = []
+    for one in held.tolist():
+        if not known.issuperset(mine.get(one, ())):
+            back.append(one)
+            known |= mine[one]
+    return np.setdiff1d(held, back)
 
 
 def _too_few(rows: Dataset, fraction: float) -> DataError:

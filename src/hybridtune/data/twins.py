@@ -1,74 +1,106 @@
-"""Texts that stand there more than once: in train, with other labels, or in two splits."""
+"""Texts that stand there more than once: in train, with other targets, or in two splits."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from .findings import Finding, Splits, drop, finding
+import numpy as np
+
+from .findings import Finding, drop, finding
 from .rows import Rows
 
+R = TypeVar("R", bound=Rows)
 
-def duplicates(splits: Splits, found: list[Finding]) -> Splits:
-    """Drops rows of train that repeat an earlier row, text and label."""
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # any odd number maps eight bytes to eight bytes one to one
+
+
+def first_of(values: np.ndarray) -> np.ndarray:
+    """Returns for each value the position where it stands for the first time."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(values) else np.empty(0, int)
+    first = np.empty(len(values), np.int64)
+    first[order] = np.repeat(order[starts], np.diff(np.append(starts, len(values))))
+    return first
+
+
+def mixed(values: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Returns eight bytes for each pair of eight bytes."""
+    return np.asarray(values + more.astype(np.uint64) * _ODD)
+
+
+def duplicates(splits: dict[str, R], found: list[Finding]) -> dict[str, R]:
+    """Drops rows of train that repeat an earlier row, text and target."""
     rows = splits["train"]
-    first: dict[tuple[bytes, frozenset[Any]], int] = {}
-    again: dict[int, int] = {}
-    for at, (key, labels) in enumerate(zip(rows.keys, rows.labels, strict=True)):
-        before = first.setdefault((key, frozenset(labels)), at)
-        if before != at:
-            again[at] = rows.number[before]
-    if not again:
+    first = first_of(mixed(rows.keys, rows.same))
+    again = np.flatnonzero(first != np.arange(len(rows)))
+    if not len(again):
         return splits
 
-    def details(rows: Rows, at: int) -> dict[str, Any]:
-        return {"label": rows.label(at), "other_row": again[at]}
+    def details(rows: R, at: int) -> dict[str, Any]:
+        return {**rows.target(at), "other_row": int(rows.number[first[at]])}
 
-    found.append(finding("duplicate", rows, list(again), "dropped after the first", "info", details))
+    found.append(finding("duplicate", rows, again, "dropped after the first", "info", details))
     return drop(splits, "train", again, found)
 
 
-def conflicts(splits: Splits, found: list[Finding]) -> None:
-    """Reports texts of train that stand there with different labels. Which label is right, only the user can say."""
-    rows = splits["train"]
-    first: dict[bytes, int] = {}
-    other: dict[int, int] = {}
-    for at, key in enumerate(rows.keys):  # rows with equal labels are gone: what has the same key has other labels
-        if first.setdefault(key, at) != at:
-            other[at] = first[key]
-    if not other:
+def conflicts(rows: Rows, found: list[Finding], more: Callable[[np.ndarray], str] = lambda first: "") -> None:
+    """Reports texts of train that stand there with different targets. Which is right, only the user can say.
+
+    Args:
+        rows: of train, without duplicates: what has the same text has another target.
+        found: gets the finding.
+        more: words for the end of it, given for each row the first row with its text.
+    """
+    first = first_of(rows.keys)
+    others = np.flatnonzero(first != np.arange(len(rows)))
+    if not len(others):
         return
 
     def details(rows: Rows, at: int) -> dict[str, Any]:
-        before = other[at]
-        return {"label": rows.label(at), "other_row": rows.number[before], "other_label": rows.label(before)}
+        before = int(first[at])
+        other = {f"other_{name}": value for name, value in rows.target(before).items()}
+        return {**rows.target(at), "other_row": int(rows.number[before]), **other}
 
-    count = len(other) + len(set(other.values()))
-    did = "kept: the same text stands there with another label"
-    found.append(finding("conflict", rows, list(other), did, "warning", details, count))
+    count = len(others) + len(np.unique(first[others]))
+    name = next(iter(rows.target(0)))
+    did = f"kept: the same text stands there with {'another label' if name == 'label' else f'other {name}'}"
+    found.append(finding("conflict", rows, others, did + more(first), "warning", details, count))
 
 
-def leaks(splits: Splits, found: list[Finding]) -> Splits:
+def leaks(splits: dict[str, R], found: list[Finding]) -> dict[str, R]:
     """Takes out of train what also stands in validation or test, and out of validation what stands in test."""
     before = splits
-    for split, others in (("train", ("test", "validation")), ("validation", ("test",))):
-        if split not in splits:
-            continue
-        seen: dict[bytes, tuple[str, int]] = {}
-        for other in others:
-            for at, key in enumerate(before[other].keys) if other in before else ():
-                if not before[other].is_empty(at):
-                    seen.setdefault(key, (other, before[other].number[at]))
-        leaked = [at for at, key in enumerate(splits[split].keys) if key in seen]
-        if not leaked:
-            continue
-        where = Counter(seen[splits[split].keys[at]][0] for at in leaked)
-        did = "dropped: also in " + " and ".join(f"{other} ({where[other]})" for other in others if where[other])
-
-        def details(rows: Rows, at: int, seen: dict[bytes, tuple[str, int]] = seen) -> dict[str, Any]:
-            other, number = seen[rows.keys[at]]
-            return {"label": rows.label(at), "other_row": number, "other_split": other}
-
-        found.append(finding("leak", splits[split], leaked, did, "warning", details))
-        splits = drop(splits, split, leaked, found)
+    for split, names in (("train", ("test", "validation")), ("validation", ("test",))):
+        others = [before[name].keep(~before[name].empty) for name in names if name in before]
+        if split in splits and others:
+            splits = _without(splits, split, others, found)
     return splits
+
+
+def _without(splits: dict[str, R], split: str, others: list[R], found: list[Finding]) -> dict[str, R]:
+    number = np.concatenate([other.number for other in others])
+    owner = np.repeat(np.arange(len(others)), [len(other) for other in others])
+    match = _found_in(splits[split].keys, np.concatenate([other.keys for other in others]))
+    leaked = np.flatnonzero(match >= 0)
+    if not len(leaked):
+        return splits
+    counts = np.bincount(owner[match[leaked]], minlength=len(others))
+    where = [f"{other.split} ({count})" for other, count in zip(others, counts, strict=True) if count]
+
+    def details(rows: R, at: int) -> dict[str, Any]:
+        there = match[at]
+        return {**rows.target(at), "other_row": int(number[there]), "other_split": others[owner[there]].split}
+
+    found.append(finding("leak", splits[split], leaked, "dropped: also in " + " and ".join(where), "warning", details))
+    return drop(splits, split, leaked, found)
+
+
+def _found_in(keys: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Returns for each key where it stands first in `seen`, or -1."""
+    if not len(seen):
+        return np.full(len(keys), -1)
+    order = np.argsort(seen, kind="stable")
+    spot = order[np.minimum(np.searchsorted(seen, keys, sorter=order), len(seen) - 1)]
+    return np.where(seen[spot] == keys, spot, -1)
