@@ -336,6 +336,7 @@ def predict_once(name: str, method: str, texts: list[str], side: str, attention:
 
     from hybridtune import predict
     from hybridtune.memory import PeakMemory
+    from hybridtune.tasks.classification import Task
 
     model, tokenizer = loaded(name, 4, attention)
     rows = dataset(tokenizer, texts)
@@ -343,7 +344,7 @@ def predict_once(name: str, method: str, texts: list[str], side: str, attention:
     with tempfile.TemporaryDirectory() as folder:
         if side == "ours":
             begun = time.perf_counter()
-            predict.logits(model, rows, tokenizer, BATCH)
+            predict.Predictor(model, tokenizer, Task(), 512, BATCH).logits(rows)
         else:
             given = arguments(side, folder, bf16, bf16_full_eval=bf16 and side == "b")
             trainer = Trainer(model, given, processing_class=tokenizer)

@@ -316,7 +316,7 @@ def test_empty_texts_do_no_harm(name: str) -> None:
     encoded = task.encode(Dataset.from_list([{"text": ""}, {"text": None}, {"text": "a"}]), tokenizer, 64)
     assert [len(ids) for ids in encoded["input_ids"]] == [1, 1, 1]
     assert encoded["length"] == [0, 0, 1]
-    found = predict.logits(model, encoded, tokenizer, 2)
+    found = np.stack(predict.Predictor(model, tokenizer, task, 64, batch_size=2).logits(encoded))
     assert np.isfinite(found).all()
     assert found[0] == pytest.approx(found[1])
 

@@ -105,6 +105,13 @@ def classifier(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel
     return CLASSIFIERS[name](**config).eval()
 
 
+def headed(name: str, head: str, seed: int = 0) -> hf.PreTrainedModel:
+    """A tiny model of an architecture with another head, such as TokenClassification, in evaluation mode."""
+    config = classifier(name, seed).config
+    torch.manual_seed(seed)
+    return getattr(hf, f"AutoModelFor{head}").from_config(config).eval()
+
+
 def language_model(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
     """A tiny language model, in evaluation mode, with weights so large that texts differ."""
     built = classifier(name, seed, **config).config

@@ -19,7 +19,6 @@ from . import trial
 from .console import Console
 from .data import check, read, split
 from .data.files import READ_AS
-from .data.labels import label_lists
 from .engine import precision
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training
@@ -159,7 +158,9 @@ def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
 
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
-        return split.hold_out(train, fraction, recipe.all_seeds()[0], texts=task.apart, strata=task.strata(train))
+        texts, kinds = [name for name in task.apart if name in train.column_names], task.strata(train)
+        strata = None if kinds is None else [next(iter(of_row), None) for of_row in kinds]
+        return split.hold_out(train, fraction, recipe.all_seeds()[0], texts=texts, strata=strata, keep=kinds)
     except DataError as error:
         problem = error
     try:

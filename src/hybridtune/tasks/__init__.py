@@ -187,8 +187,9 @@ class Task(ABC):
         return ""
 
     @abstractmethod
-    def strata(self, rows: Dataset) -> Sequence[Hashable] | None:
-        """One value a row that held-out parts shall have in the same shares; None where there is none."""
+    def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]] | None:
+        """What each row is of, as its labels: held-out parts get as much of every first one as there is, and all stand
+        in a row that is kept. None where all rows are alike. Rows may not have been checked."""
 
     @abstractmethod
     def say(self, prediction: dict[str, Any]) -> str:

@@ -126,6 +126,11 @@ class TextTask(tasks.Task):
             {key: value if isinstance(value, list) else value.tolist() for key, value in columns.items()}
         )
 
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Whether rows are pairs is not known yet where a part is held out."""
+        return ("text", "text_pair")
+
     @abstractmethod
     def targets(self, rows: Dataset) -> np.ndarray:
         """What the model has to give for each row, as `labels` are.

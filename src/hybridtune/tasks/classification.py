@@ -237,9 +237,9 @@ class Task(TextTask):
         same = stats["gold"] == stats["predicted"]
         return np.asarray(same.all(1) if self.multi_label else same)
 
-    def strata(self, rows: Dataset) -> Sequence[Hashable]:
-        """The label; of several the first."""
-        return [next(iter(labels), None) for labels in label_lists(rows["label"][:], self.multi_label)]
+    def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
+        """The labels."""
+        return label_lists(rows["label"][:], self.multi_label)
 
     def aggregate(self, stats: Stats) -> dict[str, float]:
         """Accuracy, macro-F1 and others, 0 to 1: of all rows, whether the model abstains or not."""

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from .. import tasks
 from ..data import check
+from ..data.answers import answers_of
 from . import Logits, Stats, _squad, metrics
 from ._texts import pad_on_the_right
 from ._windows import of_rows, windows
@@ -286,9 +287,9 @@ class Task(tasks.Task):
         ]
         return {"worst_rows": worst}
 
-    def strata(self, rows: Dataset) -> Sequence[Hashable]:
+    def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
         """Whether there is an answer."""
-        return [bool(golds) for golds in _golds(rows)]
+        return [(bool(golds),) for golds in _golds(rows)]
 
 
 def _texts(rows: Dataset, column: str) -> list[str]:
@@ -296,7 +297,7 @@ def _texts(rows: Dataset, column: str) -> list[str]:
 
 
 def _golds(rows: Dataset) -> list[list[str]]:
-    return [[str(text) for text in check.answers_of(value)["text"]] for value in rows["answers"][:]]
+    return [[text for text, _ in answers_of(value)] for value in rows["answers"][:]]
 
 
 def _stats(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
@@ -306,11 +307,8 @@ def _stats(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
 
 def _span(answers: Any) -> tuple[int, int] | None:
     """The characters of the first answer; later ones are other people's words for it."""
-    told = check.answers_of(answers)
-    if not told["text"]:
-        return None
-    start = int(told["answer_start"][0])
-    return start, start + len(told["text"][0])
+    text, start = next(iter(answers_of(answers)), ("", None))
+    return None if start is None else (start, start + len(text))
 
 
 def _tokens(span: tuple[int, int] | None, starts: np.ndarray, ends: np.ndarray) -> list[int]:

@@ -152,11 +152,12 @@ class Task(TextTask):
         """Whether the prediction is off by less than half the spread of train."""
         return np.asarray((np.abs(stats["predicted"] - stats["gold"]) < np.array(self.spread) / 2).all(1))
 
-    def strata(self, rows: Dataset) -> Sequence[Hashable]:
+    def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
         """Which tenth of the targets a row is in, by its first number."""
-        first = self.numbers(rows)[:, 0]
-        edges = np.quantile(first, np.linspace(0, 1, STRATA + 1)[1:-1])
-        return list(np.searchsorted(edges, first, side="right").tolist())
+        values = (value[0] if isinstance(value, list) and value else value for value in rows["label"][:])
+        first = np.array([_number(value) for value in values])
+        edges = np.nanquantile(first, np.linspace(0, 1, STRATA + 1)[1:-1]) if np.isfinite(first).any() else []
+        return [(tenth,) for tenth in np.searchsorted(edges, first, side="right").tolist()]
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None

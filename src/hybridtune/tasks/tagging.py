@@ -371,11 +371,14 @@ class Task(tasks.Task):
             )
         return {"per_class": table, "worst_rows": worst}
 
-    def strata(self, rows: Dataset) -> Sequence[Hashable]:
-        """The rarest kind of name in a row."""
-        golds = [[label for label, _, _ in entities(tags)] for tags in _gold(rows)]
-        counts = Counter(label for labels in golds for label in set(labels))
-        return [min(labels, key=lambda label: (counts[label], label)) if labels else None for labels in golds]
+    def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
+        """The kinds of names (or tags) of a row, the rarest first."""
+        if self.of_text:
+            found = [{str(span["label"]) for span in spans or []} for spans in rows["spans"][:]]
+        else:
+            found = [{label for label, _, _ in entities(tags)} or set(tags) for tags in _gold(rows)]
+        counts = Counter(label for labels in found for label in labels)
+        return [sorted(labels, key=lambda label: (counts[label], label)) for labels in found]
 
 
 def word_places(text: str) -> list[tuple[int, int]]:
