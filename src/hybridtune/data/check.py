@@ -11,11 +11,13 @@ import numpy as np
 from .classification import check_classification
 from .findings import Finding
 from .labels import label_names, label_table, split_labels
+from .question_answering import check_question_answering
 from .regression import check_regression
 
 __all__ = [
     "Finding",
     "check_classification",
+    "check_question_answering",
     "check_regression",
     "label_names",
     "label_table",
