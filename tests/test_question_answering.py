@@ -23,7 +23,10 @@ from hybridtune.model import load_tokenizer
 from hybridtune.tasks import _squad
 from hybridtune.tasks.question_answering import Task
 
-CONTEXT = "The old mill, built in 1887 by Anna Berg, stands near Lake Ursa. It ground rye until the war; today it is a school."
+CONTEXT = (
+    "The old mill, built in 1887 by Anna Berg, stands near Lake Ursa. "
+    "It ground rye until the war; today it is a school."
+)
 QUESTIONS = {
     "Who built the mill?": "Anna Berg",
     "When was it built?": "1887",
@@ -48,7 +51,7 @@ def rows(context: str = CONTEXT, none: int = 0) -> list[dict[str, Any]]:
 
 def words(count: int, seed: int) -> str:
     chance = np.random.default_rng(seed)
-    return " ".join(chance.choice(["mill", "Anna", "school,", "1887", "rye", "unbelievably", "lake."], count))
+    return " ".join(chance.choice(["mills", "Ole", "halls,", "1987", "oats", "unbelievably", "lakes."], count))
 
 
 @pytest.mark.parametrize("limit", [24, 32, 48, 512])
@@ -153,7 +156,7 @@ def test_scores_are_the_references() -> None:
         )
         exact, f1 = _squad.score(answer, golds)
         assert 100 * exact == float(theirs["exact_match"])
-        assert np.float32(100 * f1) == np.float32(float(theirs["f1"]))
+        assert 100 * f1 == pytest.approx(float(theirs["f1"]), rel=2e-7)  # theirs is in 32 bits
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ SETTINGS = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_r
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> hybridtune.Run:
     folder = tmp_path_factory.mktemp("qa")
     contexts = {
-        name: [f"{words(30 + 5 * n, n + 100 * k)} {CONTEXT}" for n in range(6)]
+        name: [f"{words(30 + 5 * n, n + 100 * k)} {CONTEXT}" for n in range(12 - 6 * k)]
         for k, name in enumerate(("train", "test"))
     }
     data = {name: [row for context in of for row in rows(context, none=1)] for name, of in contexts.items()}
