@@ -225,6 +225,11 @@ def is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def is_string(kind: pa.DataType) -> bool:
+    """Whether values of this type are texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def _refuse_no_text(data: Dataset, name: str, where: str) -> None:
     kind = column_type(data, name)
     if not (is_list(kind) or pa.types.is_struct(kind)):
