@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import TypeAlias
 
 Piece: TypeAlias = tuple[int, int, str]
@@ -13,6 +15,7 @@ Piece: TypeAlias = tuple[int, int, str]
 
 OUTSIDE = "O"
 
+_NONE = (OUTSIDE, "")
 _TAG = re.compile(r"([BIESLUM])-(.+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -47,12 +50,22 @@ LONGER = (
 STRAY = 0.05  # so many pieces may begin as in another scheme
 
 
+@lru_cache(maxsize=100_000)
 def parse(tag: str) -> tuple[str, str] | None:
     """Returns the letter and the type of a tag ("O" and "" outside), or None where it has no letter."""
     if tag.upper() == OUTSIDE:
         return OUTSIDE, ""
     match = _TAG.fullmatch(tag)
     return (match[1].upper(), match[2]) if match else None
+
+
+def begins(before: str, tag: str) -> bool:
+    """Whether a piece begins at a tag, read as conlleval reads them, and seqeval where it is not strict.
+
+    That is at B, S and U, after E, S, L, U and O, and where the type changes.
+    """
+    (last, kind), (letter, mine) = parse(before) or _NONE, parse(tag) or _NONE
+    return letter != OUTSIDE and (letter in "BSU" or last in "OESLU" or mine != kind)
 
 
 def is_chunked(tags: Iterable[str]) -> bool:
@@ -69,10 +82,9 @@ def scheme_of(pairs: Counter[tuple[str, str]]) -> Scheme | None:
     """
     letters, starts = set(), Counter[str]()
     for (before, tag), count in pairs.items():
-        letter, kind = parse(tag) or (OUTSIDE, "")
+        (_, last), (letter, kind) = parse(before) or _NONE, parse(tag) or _NONE
         letters.add(letter)
-        if letter != OUTSIDE and (parse(before) or (OUTSIDE, ""))[1] != kind:
-            starts[letter] += count
+        starts[letter] += count * (letter != OUTSIDE and kind != last)
     letters.discard(OUTSIDE)
     if letters <= IOB2.letters:
         return IOB1 if starts["B"] < STRAY * starts["I"] else IOB2
@@ -80,20 +92,14 @@ def scheme_of(pairs: Counter[tuple[str, str]]) -> Scheme | None:
 
 
 def pieces(tags: Sequence[str]) -> list[Piece]:
-    """Returns the pieces that tags mark, read as conlleval reads them, and seqeval where it is not strict.
-
-    A piece begins at B, S or U, and where a tag is of another type than the one before it or nothing stands before; it
-    ends at E, S, L or U.
-    """
+    """Returns the pieces that tags mark."""
     found: list[Piece] = []
-    open_type, ended = "", True
-    for at, (letter, kind) in enumerate(parse(tag) or (OUTSIDE, "") for tag in tags):
-        if letter != OUTSIDE:
-            if letter in "BSU" or ended or kind != open_type:
-                found.append((at, at, kind))
-            else:
-                found[-1] = (found[-1][0], at, kind)
-        open_type, ended = kind, letter in "OESLU"
+    for at, (before, tag) in enumerate(pairwise([OUTSIDE, *tags])):
+        letter, kind = parse(tag) or _NONE
+        if begins(before, tag):
+            found.append((at, at, kind))
+        elif letter != OUTSIDE:
+            found[-1] = (found[-1][0], at, kind)
     return found
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from .labels import tidy, written_list
 from .rows import Rows, as_text, column_type, open_rows
-from .schemes import OUTSIDE, Scheme, marked, pieces
+from .schemes import OUTSIDE, Scheme, begins, marked, parse, pieces
 
 WORDS = pa.list_(pa.string())
 FINE, MISSING, MISMATCH = range(3)
@@ -32,12 +32,14 @@ class Rule:
         chunked: whether tags mark pieces of several words.
         scheme: the scheme that they have to keep, or None.
         repairs: whether tags that break it are changed.
+        fine: pairs of neighbours in rows that were seen to keep it. What breaks a scheme is always such a pair.
     """
 
     renames: dict[str, str] = field(default_factory=dict)
     chunked: bool = False
     scheme: Scheme | None = None
     repairs: bool = False
+    fine: set[tuple[str, str]] = field(default_factory=set)
 
     def __call__(self, tags: list[str]) -> list[str]:
         """Returns the tags that a row has in the end."""
@@ -50,16 +52,28 @@ class Rule:
 
     def kept(self, tags: list[str]) -> list[str]:
         """Returns tags that mark the same pieces and keep the scheme."""
-        return marked(pieces(tags), len(tags), self.scheme) if self.scheme else tags
+        if self.scheme is None:
+            return tags
+        pairs = set(pairwise([OUTSIDE, *tags, OUTSIDE]))
+        if pairs <= self.fine:
+            return tags
+        kept = marked(pieces(tags), len(tags), self.scheme)
+        if kept == tags:
+            self.fine.update(pairs)
+        return kept
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """What tags mark: of which tags and types there are how many, and in which row each type stands first."""
+    """What tags mark.
 
-    tags: Counter[str] = field(default_factory=Counter)
-    types: Counter[str] = field(default_factory=Counter)
-    first: dict[str, int] = field(default_factory=dict)
+    Attributes:
+        types: how many pieces there are of each type; where tags mark none, how many words with each tag.
+        first: in which row each stands first.
+    """
+
+    types: Counter[str]
+    first: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -132,13 +146,19 @@ class Tagged(Rows):
 
     def tally(self) -> Tally:
         """Returns what the tags mark in the end."""
-        found = Tally()
+        pairs: Counter[tuple[str, str]] = Counter()
+        rows_of: dict[tuple[str, str], int] = {}
         for at, tags in enumerate(map(self.rule, self._tags())):
-            found.tags.update(tags)
-            types = [kind for _, _, kind in pieces(tags)] if self.rule.chunked else tags
-            found.types.update(types)
-            for kind in types:
-                found.first.setdefault(kind, at)
+            known = len(pairs)
+            pairs.update(mine := list(pairwise([OUTSIDE, *tags])))
+            if len(pairs) > known:
+                rows_of |= {pair: at for pair in mine if pair not in rows_of}
+        found = Tally(Counter(), {})
+        for (before, tag), count in pairs.items():
+            kind = tag if not self.rule.chunked else (parse(tag) or (OUTSIDE, ""))[1] if begins(before, tag) else None
+            if kind is not None:
+                found.types[kind] += count
+                found.first[kind] = min(rows_of[before, tag], found.first.get(kind, len(self)))
         return found
 
     def written(self) -> dict[str, pa.ChunkedArray]:
@@ -180,10 +200,12 @@ def open_tagged(split: str, data: Dataset, source: str) -> Tagged:
 
 def words(value: Any) -> list[Any]:
     """Returns the words of a row: a list, one that is written out, or a text with spaces between them."""
+    if isinstance(value, list):
+        return value
     if isinstance(value, str):
         written = written_list(value.strip())
         return value.split() if written is None else written
-    return [] if value is None else value if isinstance(value, list) else [value]
+    return [] if value is None else [value]
 
 
 def _each(change: Callable[[Any], list[str]]) -> Callable[[list[Any]], list[list[str]]]:
@@ -191,4 +213,4 @@ def _each(change: Callable[[Any], list[str]]) -> Callable[[list[Any]], list[list
 
 
 def _tags(given: list[Any]) -> list[str]:
-    return [str(tidy(tag)) for tag in given]
+    return [tag if isinstance(tag, str) else str(tidy(tag)) for tag in given]

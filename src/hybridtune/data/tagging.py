@@ -55,7 +55,7 @@ def check_tagging(splits: dict[str, Dataset], *, sources: dict[str, str]) -> tup
     rows = _settle(rows, found)
     rows = duplicates(rows, found)
     conflicts(rows["train"], found)
-    before = rows["train"].tally()
+    before = rows["train"].counts()
     rows = leaks(rows, found)
     tallies = {name: split.tally() for name, split in rows.items()}
     _refuse_nothing_marked(rows["train"], tallies["train"], before)
@@ -130,16 +130,16 @@ def _say_tags(rows: Tagged, broken: Counter[tuple[str, str]], found: list[Findin
         found.append(finding("broken_tags", rows, wrong, f"{did}: {pairs}", "warning", Tagged.change))
 
 
-def _refuse_nothing_marked(train: Tagged, tally: Tally, before_leaks: Tally) -> None:
+def _refuse_nothing_marked(train: Tagged, tally: Tally, before_leaks: Counter[str]) -> None:
     """One tag on all words teaches nothing."""
     if tally.types and (train.rule.chunked or len(tally.types) > 1):
         return
     raise DataError(
         f"{train.source}: train has one tag only",
-        found=f"{next(iter(tally.tags))} on all tokens of {len(train)} rows",
+        found=f"{next(iter(tally.types), OUTSIDE)} on all tokens of {len(train)} rows",
         expected="tags such as B-PER, I-PER and O, or one of several for each token",
         mend="check that data.columns names the right column as tags, and that the file is not cut off"
-        if len(before_leaks.tags) < 2
+        if len(before_leaks) < 2
         else "all rows with other tags also stand in validation or test: add others",
     )
 
