@@ -75,6 +75,7 @@ def test_texts_stay_where_they_are(row: Any, check: Any, column: str, tmp_path: 
     made = check({"train": rows})[0]["train"]
     assert len(made) < len(rows)
     assert addresses(made, column) == addresses(rows, column)
+    assert made.cache_files == []
     assert {path: path.read_bytes() for path in (tmp_path / "rows").iterdir()} == before
 
 
