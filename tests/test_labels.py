@@ -73,6 +73,7 @@ def test_what_is_a_misspelling(rare: str, count: int, frequent: str, total: int,
         ([1.0, 2.0], [1, 2]),
         ("['a', 'b c']", ["a", "b c"]),
         ('["a, x"]', ["a, x"]),
+        ("['a' 'b, c']", ["a", "b, c"]),  # as pandas writes arrays
         ("[]", []),
         ("[unclosed, x", ["[unclosed", "x"]),
         ("[[1]]", ["[[1]]"]),

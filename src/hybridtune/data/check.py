@@ -13,12 +13,14 @@ from .findings import Finding
 from .labels import label_names, label_table, split_labels
 from .question_answering import check_question_answering
 from .regression import check_regression
+from .tagging import check_tagging
 
 __all__ = [
     "Finding",
     "check_classification",
     "check_question_answering",
     "check_regression",
+    "check_tagging",
     "label_names",
     "label_table",
     "length_summary",

@@ -27,7 +27,7 @@ class Finding:
             `missing_label`, `label_type`. Of classification: `label_variant`, `label_typo`, `doubtful_label`,
             `small_class`, `imbalance`, `absent_class`. Of regression: `no_number`, `decimal_comma`, `outlier`,
             `constant_target`, `few_values`. Of tagging: `length_mismatch`, `scheme`, `broken_tags`, `tag_variant`,
-            `rare_type`, `unknown_type`, `absent_type`. Of question answering: `answer_form`, `answer_spaces`,
+            `rare_type`, `unknown_type`, `absent_type`. Of question answering: `answer_spaces`,
             `answer_writing`, `offset_missing`, `offset_bytes`, `offset_utf16`, `offset_line_ends`, `offset_moved`,
             `answer_absent`, `no_answer`, `shared_context`.
         split: the split where it was found.

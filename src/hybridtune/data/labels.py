@@ -24,6 +24,7 @@ DOUBT_SHARE = 0.25  # up to here, too frequent to be renamed and too rare to be 
 TYPO_EDITS = 2
 TYPO_LENGTH = 5
 
+_LITERAL = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _BETWEEN_WORDS = re.compile(r"(?<=([^\W_]))[\s_-]+(?=([^\W_]))")
 
 
@@ -50,12 +51,17 @@ def split_labels(value: Any, separators: str = SEPARATORS) -> list[Any]:
 
 
 def written_list(text: str) -> list[Any] | None:
-    """Returns the list that a text writes out, "['a', 'b']", as pandas writes lists into CSV; None if it is none."""
+    """Returns the list that a text writes out, or None.
+
+    That is "['a', 'b']", as pandas writes lists into CSV, or "['a' 'b']", as it writes arrays.
+    """
     if text.startswith("[") and text.endswith("]"):
         with suppress(ValueError, SyntaxError, TypeError):  # brackets in a label
             value = ast.literal_eval(text)
-            plain = isinstance(value, list) and not any(isinstance(item, (list, dict, set)) for item in value)
-            return value if plain else None
+            if not isinstance(value, list) or any(isinstance(item, (list, dict, set)) for item in value):
+                return None
+            texts = _LITERAL.findall(text)  # which Python reads as one where no comma stands between them
+            return [ast.literal_eval(item) for item in texts] if len(texts) > len(value) else value
     return None
 
 

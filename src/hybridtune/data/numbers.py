@@ -107,7 +107,7 @@ class Column:
 
 
 def number_of(value: Any, comma: bool) -> float | None:
-    """Returns a value as a number, NaN not being one but infinity being what is none, and None where it is missing."""
+    """Returns a value as a number: infinity where it is none, and None where it is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str):
@@ -160,7 +160,7 @@ def _is_numeric(kind: pa.DataType) -> bool:
 
 
 def _decimal_comma(splits: Iterable[Rows]) -> bool:
-    """Whether "3,5" is 3.5 here. One file may not have both, as "1,000" and "1.5", nor what may be thousands."""
+    """Whether "3,5" is 3.5 here. There may not be points too, as in "1.5", nor thousands alone."""
     comma: str | None = None
     sure, point = False, None
     for rows in splits:

@@ -108,17 +108,17 @@ class Rows:
     def to_dataset(self, columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> Dataset:
         """Returns what is kept as a data set of its own.
 
+        It knows of no file, lest datasets keep what is made of it beside the user's own.
+
         Args:
             columns: those that are not what they were, for the kept rows. All others are not copied.
         """
-        if not columns:
-            return self.kept
         table: pa.Table = self.data.data.table
         inside = self.data._indices  # where rows were picked before, the table still has all of them
         places = self.at if inside is None else inside.column(0).to_numpy()[self.at]
         whole = len(places) == table.num_rows and bool((places == np.arange(len(places))).all())
-        if not whole:
-            back = np.full(table.num_rows, -1)
+        if columns and not whole:
+            back = np.full(table.num_rows, -1, np.int32)
             back[places] = np.arange(len(places))
             columns = {name: values.take(pa.array(back, mask=back < 0)) for name, values in columns.items()}
         for name, values in columns.items():
@@ -223,6 +223,11 @@ def column_type(data: Dataset, name: str) -> pa.DataType:
 def is_list(kind: pa.DataType) -> bool:
     """Whether values of this type are lists."""
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether values of this type are texts."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _refuse_no_text(data: Dataset, name: str, where: str) -> None:

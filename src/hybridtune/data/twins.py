@@ -17,12 +17,16 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)  # any odd number maps eight bytes to eight
 
 def first_of(values: np.ndarray) -> np.ndarray:
     """Returns for each value the position where it stands for the first time."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(values) else np.empty(0, int)
-    first = np.empty(len(values), np.int64)
+    order = np.argsort(values, kind="stable").astype(np.int32)
+    starts = _starts(values[order])
+    first = np.empty(len(values), np.int32)
     first[order] = np.repeat(order[starts], np.diff(np.append(starts, len(values))))
     return first
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Returns where another value begins."""
+    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
 
 
 def mixed(values: np.ndarray, more: np.ndarray) -> np.ndarray:
