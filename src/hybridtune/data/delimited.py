@@ -66,23 +66,27 @@ def read_table(text: Text, notes: Notes) -> Iterator[Batch]:
     with text.open() as stream:
         records = _records(stream, dialect)
         header = next((record for record in records if record.cells or record.problem), None)
-        if header is None or header.problem:
-            _refuse_header(name, header)
-        assert header is not None
+        if header is None:
+            raise DataError(f"{name}: the file is empty", expected="a header and rows")
+        _refuse_bad_header(header, text)
         names = column_names(header.cells, dialect.rows[1:], f"{name}:{header.line}", notes)
-        number, cells, lines, size = 0, [], [], 0
+        number, rows, lines, size = 0, [], [], 0
+        lined, width, damaged = text.file.lined, len(header.cells), text.damage is not None
         for record in records:
-            if not _is_row(record, header, dialect, text, notes):
+            line, cells, raw, problem = record
+            # What is plainly a row is not looked at further: there may be many millions.
+            plain = problem is None and len(cells) == width and cells != header.cells and "\0" not in raw
+            if (not plain or damaged) and not _is_row(record, header, dialect, text, notes):
                 continue
             number += 1
-            cells.append(record.cells)
-            lines.append(record.line if text.file.lined else number)
-            size += len(record.text) + len(names)
-            if len(cells) == BATCH_ROWS or size > BATCH_CHARACTERS:
-                yield _batch(names, cells, lines)
-                cells, lines, size = [], [], 0
-    if cells:
-        yield _batch(names, cells, lines)
+            rows.append(cells)
+            lines.append(line if lined else number)
+            size += len(raw) + width
+            if len(rows) == BATCH_ROWS or size > BATCH_CHARACTERS:
+                yield _batch(names, rows, lines)
+                rows, lines, size = [], [], 0
+    if rows:
+        yield _batch(names, rows, lines)
     if number == 0 and not notes.rejected:
         raise DataError(f"{name}: there is a header but no rows", found=", ".join(header.cells)[:160])
 
@@ -101,15 +105,15 @@ def _batch(names: list[str], cells: list[list[str]], lines: list[int]) -> Batch:
     return dict(zip(names, zip(*cells, strict=True), strict=True)), lines
 
 
-def _refuse_header(name: str, header: _Record | None) -> None:
-    if header is None:
-        raise DataError(f"{name}: the file is empty", expected="a header and rows")
-    raise DataError(
-        f"{name}:{header.line}: {header.problem}",
-        found=header.text.strip()[:160],
-        expected="the names of the columns",
-        mend="correct the first line",
-    )
+def _refuse_bad_header(header: _Record, text: Text) -> None:
+    problem = header.problem or bad_character(header.text, text)
+    if problem is not None:
+        raise DataError(
+            f"{text.file.name}:{header.line}: {problem}",
+            found=ascii(header.text.strip())[:160],
+            expected="the names of the columns",
+            mend="correct the first line",
+        )
 
 
 def _is_row(record: _Record, header: _Record, dialect: _Dialect, text: Text, notes: Notes) -> bool:

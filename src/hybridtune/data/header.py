@@ -27,10 +27,10 @@ _MOST_WORDS = 5
 
 def clean(name: str) -> str:
     """Returns a name without spaces around it and characters that cannot be seen."""
-    if name.isascii():
+    if name.isascii() and name.isprintable():
         return name.strip()
-    seen = "".join(character for character in name if unicodedata.category(character) != "Cf")
-    return re.sub(r"\s", " ", seen).strip()
+    spaced = re.sub(r"\s", " ", name)
+    return "".join(character for character in spaced if unicodedata.category(character) not in ("Cf", "Cc")).strip()
 
 
 def column_names(cells: Sequence[str], rows: Sequence[Sequence[str]], place: str, notes: Notes) -> list[str]:

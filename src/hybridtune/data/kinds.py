@@ -105,7 +105,8 @@ def _by_content(sample: str, by_suffix: str | None) -> str | None:
         return "lines" if _is_object(first) and rest.strip() else ("json" if by_suffix != "table" else _objects(first))
     if by_suffix == "table":
         return "table"
-    return "table" if _is_table(start) else None
+    broken_json = by_suffix in ("json", "lines") and ('":' in start or "{" in start)
+    return "table" if not broken_json and _is_table(start) else None
 
 
 def _objects(first: str) -> str:

@@ -91,14 +91,11 @@ def _excel_rows(file: File, notes: Notes) -> Iterator[tuple[int, list[Any]]]:
             found=f"content that begins with {file.head(16)!r}",
             mend="save the sheet as .xlsx or CSV (UTF-8) again",
         )
-    book = openpyxl.load_workbook(file.path, read_only=True, data_only=True)
-    try:
-        sheet = book.worksheets[0]
+    with file.path.open("rb") as stream:  # of a path it would look at the suffix
+        book = openpyxl.load_workbook(stream, read_only=True, data_only=True)
         _say_others(file, [one.title for one in book.worksheets], notes)
-        for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+        for number, cells in enumerate(book.worksheets[0].iter_rows(values_only=True), 1):
             yield number, [_plain(cell) for cell in cells]
-    finally:
-        book.close()
 
 
 def _pandas_rows(file: File, kind: str, notes: Notes) -> Iterator[tuple[int, list[Any]]]:
