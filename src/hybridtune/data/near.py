@@ -134,7 +134,9 @@ def _pairs(texts: list[tuple[str, ...]], threshold: float, seed: int) -> list[tu
         ]
         or [np.empty(0)]
     )
-    left, right = rows[left], rows[right]
+    spread = (threshold * (1 - threshold) / HASHES) ** 0.5
+    hopeful = estimates >= threshold - 4 * spread  # to verify a pair takes far longer than to estimate it
+    left, right, estimates = rows[left[hopeful]], rows[right[hopeful]], estimates[hopeful]
     similarities = _jaccard(shingles, starts, left, right)
     kept = similarities >= threshold
     columns = (left, right, similarities, estimates)
