@@ -30,7 +30,7 @@ def languages(texts: Sequence[str], *, most: int = MOST_ROWS, seed: int = 0) -> 
 
     Returns:
         ISO 639 code -> share of the rows, the largest first, and `unsure` last, where it is not none: texts that are
-        too short or of no language, and languages of fewer than 2% of the rows. The shares add up to 1, but for no texts.
+        too short or of no language, and languages of fewer than 2% of the rows. The shares add up to 1.
     """
     if not texts:
         return {}
