@@ -246,7 +246,11 @@ def setting_of(
         console.line(f"  new weights, not in the checkpoint: {', '.join(loaded.new)}")
     for name, summary in lengths.items():
         if summary["truncated"]:
-            console.warn(f"{name}: {summary['truncated']} rows are longer than {limit} tokens and are cut there")
+            said = f"{name}: {summary['truncated']} rows are longer than {limit} tokens"
+            if task.windowed:
+                console.line(f"  - {said}: read in several windows")
+            else:
+                console.warn(f"{said} and are cut there")
     for name, share in unknown.items():
         if share > 0.05:
             console.warn(

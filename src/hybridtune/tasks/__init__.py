@@ -45,7 +45,7 @@ class Task(ABC):
     Attributes:
         name: of the task; of one of the user's own, the path of its file.
         auto_class: transformers' class that its models have.
-        peft_type: what PEFT calls the task, in an exported adapter.
+        peft_type: what PEFT calls the task, in an exported adapter; None leaves it PEFT's plain model.
         keys: of the recipe, that not all tasks have.
         columns: every column that the task can use, with the other names that it commonly has.
         required: those that rows must have.
@@ -54,6 +54,7 @@ class Task(ABC):
         metrics: name -> "maximize" or "minimize"; the first is the task's own.
         hints: the names that the user's own columns have.
         per_token: whether logits have a place for every token, [tokens, ...] an item.
+        windowed: whether rows longer than the model can take are read in several windows, and not cut.
         pooled: whether a row's mean hidden state says something of its target, as baselines on frozen features need.
     """
 
@@ -69,6 +70,7 @@ class Task(ABC):
     hints: dict[str, str]
     per_token: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    windowed: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -71,7 +71,9 @@ class Task(TextTask):
     ) -> tuple[dict[str, Dataset], list[check.Finding]]:
         """Checks rows and numbers; learns mean and spread of train."""
         splits, findings = check.check_regression(self.find_pairs(splits, sources), sources=sources)
-        self.several = isinstance(splits["train"]["label"][0], list)
+        first = splits["train"]["label"][0]
+        self.several = isinstance(first, list)
+        self.mean = [0.0] * (len(first) if self.several else 1)  # as many as `numbers` is to expect
         targets = self.numbers(splits["train"])
         self.mean = targets.mean(0).tolist()
         self.spread = [float(spread) or 1.0 for spread in targets.std(0)]

@@ -50,6 +50,7 @@ class Task(tasks.Task):
     name = "tagging"
     auto_class = "AutoModelForTokenClassification"
     peft_type = "TOKEN_CLS"
+    windowed = True
     keys = ("doc_stride",)
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "tokens": ("words", "sentence_tokens"),
