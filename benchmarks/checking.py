@@ -1,4 +1,4 @@
-"""Seconds and memory of a check on rows that lie on the disk.
+"""CPU seconds and memory of a check on rows that lie on the disk.
 
     python benchmarks/checking.py                                # a million rows of each task
     python benchmarks/checking.py --rows 10000000 --tasks classification
@@ -73,7 +73,7 @@ def measure(task: str, folder: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began, told = time.perf_counter(), []
+    began, told = time.process_time(), []
     if task == "hold_out":
         rows = splits["train"]
         held = split.hold_out(rows, 0.1, 0, texts=["text"], strata=rows["label"][:])
@@ -83,12 +83,12 @@ def measure(task: str, folder: str) -> None:
         made, found = getattr(check, f"check_{task}")(splits, sources=sources, **extra)
         told = [f"{item.kind} {item.count}" for item in found if item.split == "train"][:3]
         held = made
-    seconds, left = time.perf_counter() - began, own_memory() - before
+    seconds, left = time.process_time() - began, own_memory() - before
     done.set()
     watcher.join()
     count = len(splits["train"])
     print(
-        f"{task:20} {count:>10,} rows {seconds:7.1f} s  {seconds / count * 1e6:5.1f} us a row"
+        f"{task:20} {count:>10,} rows {seconds:7.1f} s of CPU  {seconds / count * 1e6:5.1f} us a row"
         f"  peak {peak[0] / 2**20:6.0f} MiB = {peak[0] / count:5.0f} B a row"
         f"  left {left / count:5.0f} B a row  ({', '.join(told)})",
         flush=True,
