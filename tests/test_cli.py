@@ -658,3 +658,24 @@ def test_predict_never_writes_over_its_input(tmp_path: Path) -> None:
     assert (done.exit_code, rows.read_bytes()) == (2, before)
     done = CliRunner().invoke(cli.app, ["predict", str(tmp_path), "--input", str(rows), "--output", str(tmp_path)])
     assert (done.exit_code, rows.read_bytes()) == (2, before)
+
+
+def test_bad_rows_are_left_in_the_run_and_said(call: Callable[..., Any], home: Path) -> None:
+    broken = home / "broken.csv"
+    broken.write_text(
+        "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in texts.labelled(8, 9)) + "z\n"
+    )
+    words = tune_words("--train", "broken.csv", "--set", "baselines=false", output="bad/x")
+    refused = call(*words)
+    assert refused.exit_code == 2 and re.search(r"broken\.csv:10: the row has 1 cells[\s\S]*on_bad_row", refused.output)
+    done = call(*words, "--on-bad-row", "skip")
+    assert done.exit_code == 0, done.output
+    assert "1 rows cannot be read and are left out, the first broken.csv:10" in done.output
+    lines = (home / "bad/x/rejected.jsonl").read_text().splitlines()
+    problem = "the row has 1 cells, the header 2"
+    assert [json.loads(line) for line in lines] == [
+        {"source": "broken.csv", "line": 10, "problem": problem, "text": "z"}
+    ]
+    assert json.loads((home / "bad/x/data.json").read_text())["rejected"] == 1
+    again = call("tune", "bad/x/recipe.yaml", "--output", "bad/y", "--set", "baselines=false")
+    assert again.exit_code == 0 and (home / "bad/y/rejected.jsonl").is_file(), again.output

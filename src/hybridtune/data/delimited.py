@@ -70,7 +70,9 @@ def read_table(text: Text, notes: Notes) -> Iterator[Batch]:
             raise DataError(f"{name}: the file is empty", expected="a header and rows")
         _refuse_bad_header(header, text)
         names = column_names(header.cells, dialect.rows[1:], f"{name}:{header.line}", notes)
-        number, rows, lines, size = 0, [], [], 0
+        number, size = 0, 0
+        flat: list[str] = []  # cell after cell: many small lists would keep the garbage collector busy
+        lines: list[int] = []
         lined, width, damaged = text.file.lined, len(header.cells), text.damage is not None
         for record in records:
             line, cells, raw, problem = record
@@ -79,14 +81,14 @@ def read_table(text: Text, notes: Notes) -> Iterator[Batch]:
             if (not plain or damaged) and not _is_row(record, header, dialect, text, notes):
                 continue
             number += 1
-            rows.append(cells)
+            flat.extend(cells)
             lines.append(line if lined else number)
             size += len(raw) + width
-            if len(rows) == BATCH_ROWS or size > BATCH_CHARACTERS:
-                yield _batch(names, rows, lines)
-                rows, lines, size = [], [], 0
-    if rows:
-        yield _batch(names, rows, lines)
+            if len(lines) == BATCH_ROWS or size > BATCH_CHARACTERS:
+                yield _batch(names, flat, lines)
+                flat, lines, size = [], [], 0
+    if lines:
+        yield _batch(names, flat, lines)
     if number == 0 and not notes.rejected:
         raise DataError(f"{name}: there is a header but no rows", found=", ".join(header.cells)[:160])
 
@@ -101,8 +103,8 @@ def long_cells() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _batch(names: list[str], cells: list[list[str]], lines: list[int]) -> Batch:
-    return dict(zip(names, zip(*cells, strict=True), strict=True)), lines
+def _batch(names: list[str], flat: list[str], lines: list[int]) -> Batch:
+    return {name: flat[at :: len(names)] for at, name in enumerate(names)}, lines
 
 
 def _refuse_bad_header(header: _Record, text: Text) -> None:

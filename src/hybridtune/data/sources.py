@@ -148,7 +148,7 @@ def _system(name: str) -> tuple[Any, str]:
         raise DataError(
             f"{name}: the package that reads such addresses is not installed",
             found=str(error).splitlines()[0],
-            mend="install that package with pip, or copy the file to this machine",
+            mend="pip install 'hybridtune[remote]' for https and s3, that package for others, or copy the file here",
         ) from error
     except Exception as error:  # whatever a driver may raise
         raise _unreachable(name, error) from error
