@@ -107,7 +107,7 @@ def _line(form: str, words: list[str], label: str) -> str:
 
 def measure(path: Path) -> dict[str, Any]:
     """Reads a file in this process."""
-    from hybridtune.data.read import read
+    from hybridtune.data.reading.read import read
 
     before = _status()
     started = time.perf_counter()

@@ -61,7 +61,8 @@ def own_memory() -> int:
 
 def measure(task: str, folder: str) -> None:
     """Checks what lies in the folder, and prints how it went."""
-    from hybridtune.data import check, split
+    from hybridtune.data import split
+    from hybridtune.data.checking import check
 
     splits = {name: Dataset.load_from_disk(f"{folder}/{name}") for name in ("train", "test")}
     sources = dict.fromkeys(splits, "rows.csv")

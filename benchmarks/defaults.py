@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hybridtune import prepare, tasks, trial
 from hybridtune.console import Console
-from hybridtune.data import read
+from hybridtune.data.reading import read
 from hybridtune.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"

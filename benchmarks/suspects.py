@@ -31,7 +31,7 @@ import hybridtune
 from hybridtune import environment, predict
 from hybridtune import model as models
 from hybridtune.console import Console
-from hybridtune.data.suspects import suspect_labels
+from hybridtune.data.doubts.suspects import suspect_labels
 
 RESULTS = Path(__file__).parent / "results" / "suspects.jsonl"
 DATA = Path(__file__).parents[2] / "shared" / "data"

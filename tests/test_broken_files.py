@@ -16,7 +16,7 @@ import openpyxl
 import pandas as pd
 import pytest
 
-from hybridtune.data.read import Notes, read
+from hybridtune.data.reading.read import Notes, read
 from hybridtune.errors import DataError
 
 GOOD = [{"text": "hello there", "label": "ham"}, {"text": "buy now", "label": "spam"}]

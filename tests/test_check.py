@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.check import Finding, check_classification, label_names, label_table, length_summary
-from hybridtune.data.read import read
+from hybridtune.data.checking.check import Finding, check_classification, label_names, label_table, length_summary
+from hybridtune.data.reading.read import read
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 SOURCES = {"train": "train.csv", "validation": "dev.jsonl, read as cp1252", "test": "datasets.Dataset"}

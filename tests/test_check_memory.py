@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.check import (
+from hybridtune.data.checking.check import (
     check_classification,
     check_question_answering,
     check_regression,
     check_tagging,
 )
-from hybridtune.data.twins import first_of
+from hybridtune.data.checking.twins import first_of
 
 SOURCES = {"train": "train.csv", "validation": "dev.csv"}
 

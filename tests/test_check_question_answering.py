@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.answers import answers_of, settle
-from hybridtune.data.check import Finding, check_question_answering
-from hybridtune.data.read import read
+from hybridtune.data.checking.answers import answers_of, settle
+from hybridtune.data.checking.check import Finding, check_question_answering
+from hybridtune.data.reading.read import read
 from hybridtune.errors import DataError
 
 SOURCES = {"train": "train.jsonl", "validation": "dev.jsonl, read as cp1252", "test": "datasets.Dataset"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.check import check_classification
+from hybridtune.data.checking.check import check_classification
 from hybridtune.errors import DataError
 
 SOURCES = {"train": "train.csv", "validation": "dev.jsonl, read as cp1252", "test": "datasets.Dataset"}

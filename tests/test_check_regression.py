@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.check import Finding, check_regression
+from hybridtune.data.checking.check import Finding, check_regression
 from hybridtune.errors import DataError
 
 SOURCES = {"train": "train.csv", "validation": "dev.jsonl, read as cp1252", "test": "datasets.Dataset"}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.check import Finding, check_tagging
-from hybridtune.data.schemes import IOB1, IOB2, LONGER, marked, pieces, scheme_of
+from hybridtune.data.checking.check import Finding, check_tagging
+from hybridtune.data.checking.schemes import IOB1, IOB2, LONGER, marked, pieces, scheme_of
 from hybridtune.errors import DataError
 
 SOURCES = {"train": "train.jsonl", "validation": "dev.jsonl, read as cp1252", "test": "datasets.Dataset"}

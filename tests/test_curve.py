@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score, r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hybridtune.data.curve import EXPONENTS, STRENGTH, Curve, _follow, _score, learning_curve
+from hybridtune.data.doubts.curve import EXPONENTS, STRENGTH, Curve, _follow, _score, learning_curve
 
 Rows = tuple[np.ndarray, np.ndarray]
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.read import describe, read
+from hybridtune.data.reading.read import describe, read
 from hybridtune.errors import DataError
 
 ROWS = [

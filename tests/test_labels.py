@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.check import label_names, label_table, split_labels
-from hybridtune.data.labels import typos, variant_key, variants
+from hybridtune.data.checking.check import label_names, label_table, split_labels
+from hybridtune.data.checking.labels import typos, variant_key, variants
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridtune.data.languages import languages
+from hybridtune.data.doubts.languages import languages
 
 SENTENCES = {
     "en": [

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridtune.data.near import Near, clusters, near_duplicates
+from hybridtune.data.doubts.near import Near, clusters, near_duplicates
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "r", "st")]
 HAN = [chr(0x4E00 + at) for at in range(400)]

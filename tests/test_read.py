@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
-from hybridtune.data.read import describe, map_columns, read
+from hybridtune.data.reading.read import describe, map_columns, read
 from hybridtune.errors import DataError
 
 SMS = Path(__file__).parents[1] / "../shared/data/sms_spam_tiny"
@@ -271,7 +271,7 @@ def test_the_encoding_is_no_part_of_the_place() -> None:
 
 
 def test_no_model_library_is_imported() -> None:
-    code = "import sys, hybridtune.data.read, hybridtune.data.check, hybridtune.data.split\n"
+    code = "import sys, hybridtune.data.reading.read, hybridtune.data.checking.check, hybridtune.data.split\n"
     code += "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -18,8 +18,8 @@ from datasets import Dataset
 
 from hybridtune import prepare, tasks
 from hybridtune.console import Console
-from hybridtune.data import encoding, read, sources, spool
-from hybridtune.data.read import Notes
+from hybridtune.data.reading import encoding, read, sources, spool
+from hybridtune.data.reading.read import Notes
 from hybridtune.errors import DataError
 from hybridtune.recipe import Recipe
 
@@ -271,7 +271,7 @@ def test_batches_give_what_the_whole_gives(
 ) -> None:
     path = write(tmp_path / "a.jsonl", "".join(json.dumps({"v": value}) + "\n" for value in values))
     whole = read.read(path, "train", notes=Notes())
-    monkeypatch.setattr("hybridtune.data.jsons.BATCH_ROWS", 2)
+    monkeypatch.setattr("hybridtune.data.reading.jsons.BATCH_ROWS", 2)
     monkeypatch.setattr(spool, "HELD_BYTES", held)
     for order in (slice(None), slice(None, None, -1)):
         turned = values[order]
@@ -283,7 +283,7 @@ def test_batches_give_what_the_whole_gives(
 
 
 def test_many_batches_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybridtune.data.delimited.BATCH_ROWS", 7)
+    monkeypatch.setattr("hybridtune.data.reading.delimited.BATCH_ROWS", 7)
     monkeypatch.setattr(spool, "HELD_BYTES", 100)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = write(tmp_path / "a.csv", "text,label\n" + "".join(f'"text\n{n}",{n % 3}\n' for n in range(100)))

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 
 from hybridtune.data import split
-from hybridtune.data.labels import label_lists
-from hybridtune.data.read import read
+from hybridtune.data.checking.labels import label_lists
+from hybridtune.data.reading.read import read
 from hybridtune.data.split import k_folds
 from hybridtune.errors import DataError
 

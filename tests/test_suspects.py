@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hybridtune.data.suspects import FOLDS, STRENGTH, suspect_label_sets, suspect_labels, suspect_values
+from hybridtune.data.doubts.suspects import FOLDS, STRENGTH, suspect_label_sets, suspect_labels, suspect_values
 
 
 def blobs(rows: int, classes: int, width: int, apart: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 
-from hybridtune.data.check import length_summary
-from hybridtune.data.tokens import BINS, token_summary, unknown_characters
+from hybridtune.data.checking.check import length_summary
+from hybridtune.data.doubts.tokens import BINS, token_summary, unknown_characters
 
 
 def test_against_a_hand_count() -> None:

@@ -15,7 +15,7 @@ from . import environment, evaluate, export, prepare, report, select, tasks
 from . import folder as folders
 from . import model as models
 from .console import Console
-from .data import read
+from .data.reading import read
 from .errors import RecipeError, unknown
 from .files import disk_errors, write_json
 from .progress import Progress, say_result, say_scores

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import yaml12
-from .data import read, sources
+from .data.reading import read, sources
 from .errors import RunError, UserError
 from .files import read_json, write_json, write_text
 from .recipe import Recipe, Strategy

@@ -19,8 +19,8 @@ from . import checkpoint, tasks
 from . import engine as engines
 from . import model as models
 from .checkpoint import ABOUT, Base
-from .data import read as reading
-from .data.rows import row_numbers
+from .data.checking.rows import row_numbers
+from .data.reading import read as reading
 from .engine import Engine
 from .errors import DataError, RunError
 from .files import read_json

@@ -17,8 +17,10 @@ from . import console as consoles
 from . import model as models
 from . import trial
 from .console import Console
-from .data import check, read, split
-from .data.sources import same_files
+from .data import split
+from .data.checking import check
+from .data.reading import read
+from .data.reading.sources import same_files
 from .engine import precision
 from .errors import DataError, RecipeError
 from .recipe import Recipe, Rule, Stage, Strategy, Training

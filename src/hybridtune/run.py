@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 
 from . import evaluate, export, predict
-from .data import read
+from .data.reading import read
 from .errors import DataError, HybridtuneError, RunError, unknown
 from .files import read_json
 

@@ -10,7 +10,7 @@ import pandas as pd
 from datasets import Dataset
 
 from ..errors import DataError
-from .rows import text_keys
+from .checking.rows import text_keys
 
 MIN_ROWS = 10
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..data.check import Finding
+    from ..data.checking.check import Finding
     from ..recipe import Recipe
     from .metrics import Interval
 

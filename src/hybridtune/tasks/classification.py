@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from datasets import Dataset
 
-from ..data import check
-from ..data.labels import label_lists, separators_of
+from ..data.checking import check
+from ..data.checking.labels import label_lists, separators_of
 from ..errors import DataError, RecipeError, unknown
 from . import Logits, Stats, baselines, metrics
 from ._texts import TextTask

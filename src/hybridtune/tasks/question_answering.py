@@ -10,8 +10,8 @@ import numpy as np
 from datasets import Dataset
 
 from .. import tasks
-from ..data import check
-from ..data.answers import answers_of
+from ..data.checking import check
+from ..data.checking.answers import answers_of
 from . import Logits, Stats, _squad, metrics
 from ._texts import pad_on_the_right
 from ._windows import of_rows, windows
@@ -309,7 +309,7 @@ def _stats(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
 def _span(answers: Any) -> tuple[int, int] | None:
     """The characters of the first answer; later ones are other people's words for it."""
     text, start = next(iter(answers_of(answers)), ("", None))
-    return None if start is None else (start, start + len(text))
+    return None if start is None or start < 0 else (start, start + len(text))  # it may stand nowhere in the context
 
 
 def _tokens(span: tuple[int, int] | None, starts: np.ndarray, ends: np.ndarray) -> list[int]:

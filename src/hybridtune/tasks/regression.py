@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from datasets import Dataset
 
-from ..data import check
+from ..data.checking import check
 from ..errors import DataError
 from . import Logits, Stats, baselines, metrics
 from ._texts import TextTask

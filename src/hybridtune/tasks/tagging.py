@@ -11,8 +11,8 @@ import numpy as np
 from datasets import Dataset
 
 from .. import tasks
-from ..data import check
-from ..data.rows import place
+from ..data.checking import check
+from ..data.checking.rows import place
 from ..errors import DataError
 from . import Logits, Stats
 from ._texts import pad_on_the_right
@@ -374,6 +374,7 @@ class Task(tasks.Task):
 
     def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
         """The kinds of names (or tags) of a row, the rarest first."""
+        found: list[set[str]]
         if self.of_text:
             found = [{str(span["label"]) for span in spans or []} for spans in rows["spans"][:]]
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..errors import DataError
+from ...errors import DataError
 from .findings import Finding, finding
 from .numbers import MISSING, NO_NUMBER, Numbers, open_numbers
 from .rows import as_text, open_rows

@@ -8,7 +8,7 @@ import json
 import re
 import zipfile
 
-from ..errors import DataError
+from ...errors import DataError
 from .encoding import Text
 from .files import CONLL_SUFFIXES, SHEET_SUFFIXES, SUFFIXES, File
 from .notes import Notes

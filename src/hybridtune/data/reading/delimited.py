@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..errors import DataError
+from ...errors import DataError
 from .encoding import SAMPLE, Text
 from .header import column_names
 from .kinds import DELIMITERS

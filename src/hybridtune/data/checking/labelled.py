@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..errors import DataError
+from ...errors import DataError
 from .labels import label_lists, separators_of
 from .rows import Rows, batches, column_type, open_rows
 

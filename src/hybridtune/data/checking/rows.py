@@ -19,9 +19,9 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 
-from ..errors import DataError
-from .files import LINED_SUFFIXES, READ_AS
-from .tables import ROW
+from ...errors import DataError
+from ..reading.files import LINED_SUFFIXES, READ_AS
+from ..reading.tables import ROW
 
 BATCH = 10_000
 

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 from datasets import Dataset
 
-from ..errors import DataError, nearest_file
+from ...errors import DataError, nearest_file
 from .files import LINED_SUFFIXES, READ_AS
 from .tables import ROW, SOURCE
 

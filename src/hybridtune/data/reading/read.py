@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
-from ..errors import DataError
+from ...errors import DataError
 from . import sources
 from .columns import find_columns, map_columns, rename_columns
 from .delimited import long_cells

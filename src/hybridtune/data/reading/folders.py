@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from ..errors import DataError
+from ...errors import DataError
 from .encoding import look
 from .files import LINED_SUFFIXES, SUFFIXES, TEXT_SUFFIXES, File
 from .jsons import in_batches

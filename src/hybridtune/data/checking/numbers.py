@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..errors import DataError
+from ...errors import DataError
 from .labels import written_list
 from .rows import Rows, batches, column_type, is_list
 from .twins import mixed

@@ -6,7 +6,7 @@ from collections import Counter
 
 from datasets import Dataset
 
-from ..errors import DataError
+from ...errors import DataError
 from .findings import Finding, finding, some
 from .labels import TYPO_SHARE, variants, ways_of_writing
 from .rows import column_type, is_list, is_string

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from ..errors import DataError
+from ...errors import DataError
 from .delimited import bad_character
 from .encoding import Text
 from .header import clean

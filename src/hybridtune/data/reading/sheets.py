@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..errors import DataError
+from ...errors import DataError
 from .files import File
 from .header import column_names
 from .notes import Notes

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from datasets import Dataset
 
-from ..errors import DataError, nearest, unknown
+from ...errors import DataError, nearest, unknown
 from .files import READ_AS
 from .tables import ROW
 

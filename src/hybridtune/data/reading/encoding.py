@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from charset_normalizer import from_bytes
 
-from ..errors import DataError
+from ...errors import DataError
 from .files import File
 
 SAMPLE = 65_536

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import DataError
+from ...errors import DataError
 from .findings import Details, Finding, drop, finding
 from .rows import Rows
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import DataError
+from ...errors import DataError
 from .delimited import bad_character
 from .encoding import Text
 from .jsons import in_batches

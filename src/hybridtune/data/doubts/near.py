@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .rows import text_key
+from ..checking.rows import text_key
 
 Texts: TypeAlias = Sequence[str | tuple[str, ...]]
 Array: TypeAlias = NDArray[Any]

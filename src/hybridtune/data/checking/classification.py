@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from ..errors import DataError, nearest
+from ...errors import DataError, nearest
 from .findings import EXAMPLES, Finding, finding, some
 from .labelled import Labelled, open_labelled, same_label_type
 from .labels import DOUBT_SHARE, refuse_what_is_no_class, sort_labels, typos, variants, ways_of_writing

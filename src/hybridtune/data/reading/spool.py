@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import ipc
 
-from ..errors import DataError
+from ...errors import DataError
 from .tables import REFUSALS, ROW, Form, array
 
 Batch: TypeAlias = tuple[Mapping[str, Any], Sequence[int]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyarrow import parquet
 
-from ..errors import DataError
+from ...errors import DataError
 from .conll import read_conll
 from .delimited import read_table
 from .encoding import look

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 from rapidfuzz.distance import DamerauLevenshtein
 
-from ..errors import DataError
+from ...errors import DataError
 
 SEPARATORS = "|;,"
 

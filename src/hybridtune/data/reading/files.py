@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from ..errors import DataError
+from ...errors import DataError
 
 READ_AS = ", read as "  # what `describe` puts between a path and its encoding
 

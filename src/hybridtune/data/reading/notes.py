@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from ..errors import DataError
+from ...errors import DataError
 
 OnBadRow: TypeAlias = Literal["refuse", "skip"]
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
-from ..errors import DataError
+from ...errors import DataError
 
 ROW = "_row"
 """The column that says where a row came from."""

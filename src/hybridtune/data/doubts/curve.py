@@ -46,7 +46,7 @@ class Curve:
     Attributes:
         metric: "macro_f1" or "r2".
         points: by rising number of rows; the last is all of train.
-        twice: the score after training on twice the rows with its 95% interval: value, low, high; None for too few rows.
+        twice: the score after training on twice the rows, with its 95% interval (value, low, high); None for too few.
         gain: what that is more than now, in the same form.
         verdict: the same in one sentence.
     """

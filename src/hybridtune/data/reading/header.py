@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from ..errors import DataError
+from ...errors import DataError
 from .notes import Notes
 
 UNNAMED = "unnamed_"

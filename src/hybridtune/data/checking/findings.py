@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from ..errors import DataError
+from ...errors import DataError
 from .rows import Rows, as_text
 
 R = TypeVar("R", bound=Rows)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..errors import DataError
+from ...errors import DataError
 from .answers import ABSENT, KINDS, answers_of, settled
 from .findings import SHOWN, Finding, drop, finding
 from .rows import Rows, as_text, column_type, open_rows, text_keys

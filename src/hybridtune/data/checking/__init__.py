@@ -1,0 +1,1 @@
+"""What is wrong with labelled rows, and what is done about it: `check` has a function for every task."""
