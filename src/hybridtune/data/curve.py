@@ -48,8 +48,8 @@ class Curve:
     Attributes:
         metric: "macro_f1" or "r2".
         points: by rising number of rows; the last is all of train.
-        twice: the score after training on twice the rows, and its 95% interval: (value, low, high). None if it is not known.
-        gain: what that is more than now, in the same form.
+        twice: the score after training on twice the rows, and its 95% interval: (value, low, high).
+        gain: what that is more than now, in the same form. Both are None where there is too little data to try.
         verdict: the same in one sentence.
     """
 
@@ -110,9 +110,8 @@ def learning_curve(
 def _targets(target: Array, gold: Array, kind: Kind) -> tuple[Array, Array]:
     """Values as floats, labels as 0 and 1, classes as numbers; what is held out may have other classes."""
     if kind != "classes":
-        return (
-            (target.astype(float), gold.astype(float)) if kind == "values" else (target.astype(int), gold.astype(int))
-        )
+        as_type = float if kind == "values" else int
+        return target.astype(as_type), gold.astype(as_type)
     _, ids = np.unique(np.concatenate([target, gold]), return_inverse=True)
     return ids[: len(target)], ids[len(target) :]
 
@@ -191,6 +190,7 @@ def _follow(rows: Array, errors: Array, where: float) -> Array:
 
 
 def _followed(metric: str, points: tuple[Point, ...], twice: Array, gain: Array) -> Curve:
+    """The curve, with the percentile intervals of the resamples and what they mean in words."""
     (low, high), (less, more) = np.percentile(twice[1:], ENDS), np.percentile(gain[1:], ENDS)
     value, likely = float(twice[0]), float(gain[0])
     interval = (value, min(float(low), value), min(max(float(high), value), 1.0))
