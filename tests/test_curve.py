@@ -84,7 +84,7 @@ def test_where_much_is_to_be_gained() -> None:
 def test_when_it_cannot_tell() -> None:
     rows = blobs(200, 2, 20, 2, 3)
     for train, held_out in [
-        (part(rows, 0, 60), part(rows, 60, 200)),
+        (part(rows, 0, 35), part(rows, 60, 200)),
         (part(rows, 0, 190), part(rows, 190, 195)),
         ((rows[0], np.zeros(200, int)), rows),
     ]:
@@ -93,6 +93,18 @@ def test_when_it_cannot_tell() -> None:
     wide = learning_curve(part(rows, 0, 100), part(rows, 100, 130))
     assert wide.gain is not None and wide.gain[1] <= 0 and wide.gain[2] - wide.gain[1] > 0.05
     assert wide.verdict.startswith("cannot tell what twice the data would add")
+
+
+def test_a_part_has_to_have_rows_of_every_class() -> None:
+    """Trained on less than a row of a class, scores rise faster than any power law: such parts must not be used."""
+    rows = blobs(4000, 40, 100, 5, 10)
+    train, held_out = part(rows, 0, 600), part(rows, 1600, 4000)
+    found = learning_curve(train, held_out)
+    assert [point.rows for point in found.points] == [150, 300, 600]
+    later = macro_f1(part(rows, 0, 1200), held_out)
+    assert found.gain is not None and found.gain[1] <= later - found.points[-1].mean <= found.gain[2]
+    few = learning_curve(part(rows, 0, 400), held_out)
+    assert few.verdict == "cannot tell: too little data (400 rows, 2400 held out, 40 classes)"
 
 
 def test_values_by_the_formula_of_least_squares() -> None:

@@ -531,12 +531,12 @@ def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) 
     at = _known_path(first["loc"])
     path = ".".join(map(str, at))
     if first["type"] == "extra_forbidden":
-        known = _known_keys(at, root)
-        guess = nearest(str(at[-1]), known)
+        known, of_data = _known_keys(at, root), root is Recipe and path in Data.model_fields
+        guess = None if of_data else nearest(str(at[-1]), known)
         return RecipeError(
             f"{where}: unknown key {path}" + (f", did you mean {guess}?" if guess else ""),
             expected=None if guess else ", ".join(known),
-            mend=f"write data: {{{path}: ...}}" if root is Recipe and path in Data.model_fields else None,
+            mend=f"write data: {{{path}: ...}}" if of_data else None,
         )
     if first["type"] == "missing":
         example = _EXAMPLES.get(path, "...") if root is Recipe else "..."

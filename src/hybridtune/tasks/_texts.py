@@ -140,6 +140,13 @@ class TextTask(tasks.Task):
         """
 
 
+def regresses(model: Any) -> bool:
+    """Whether a sequence classifier gives numbers and not classes: as transformers decides."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)
+    return kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1)
+
+
 def pad_on_the_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes a pad token known to both, the end token where there is none of its own.
 

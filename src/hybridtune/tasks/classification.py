@@ -12,7 +12,7 @@ from ..data.checking import check
 from ..data.checking.labels import label_lists, separators_of
 from ..errors import DataError, RecipeError, unknown
 from . import Logits, Stats, baselines, metrics
-from ._texts import TextTask
+from ._texts import TextTask, regresses
 from .metrics import Interval
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ class Task(TextTask):
             abstain=recipe.abstain.model_dump(exclude_none=True) if recipe.abstain else None,
             **cls.of_texts(recipe),
         )
+
+    @classmethod
+    def suits(cls, model: Any) -> bool:
+        """A sequence classifier that is no regression."""
+        return super().suits(model) and not regresses(model)
 
     def check(
         self, splits: dict[str, Dataset], sources: dict[str, str]

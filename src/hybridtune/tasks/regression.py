@@ -12,7 +12,7 @@ from datasets import Dataset
 from ..data.checking import check
 from ..errors import DataError
 from . import Logits, Stats, baselines, metrics
-from ._texts import TextTask
+from ._texts import TextTask, regresses
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +60,8 @@ class Task(TextTask):
 
     @classmethod
     def suits(cls, model: Any) -> bool:
-        """A sequence classifier with one label, or told to do regression: as transformers decides."""
-        config = getattr(model, "config", None)
-        kind = getattr(config, "problem_type", None)
-        one = kind is None and getattr(config, "num_labels", 2) == 1
-        return super().suits(model) and (kind == "regression" or one)
+        """A sequence classifier with one label, or told to do regression."""
+        return super().suits(model) and regresses(model)
 
     def check(
         self, splits: dict[str, Dataset], sources: dict[str, str]

@@ -379,7 +379,7 @@ class Task(tasks.Task):
             found = [{str(span["label"]) for span in spans or []} for spans in rows["spans"][:]]
         else:
             found = [{label for label, _, _ in entities(tags)} or set(tags) for tags in _gold(rows)]
-        counts = Counter(label for labels in found for label in labels)
+        counts: Counter[Any] = Counter(label for labels in found for label in labels)
         return [sorted(labels, key=lambda label: (counts[label], label)) for labels in found]
 
 

@@ -25,7 +25,9 @@ DRAWS = 500
 ENDS = (2.5, 97.5)
 # Below 0.1 an error would hardly fall, above 1 it would fall faster than that of a model of few parameters.
 EXPONENTS = np.linspace(0.1, 1.0, 181)
-FEW_ROWS = 10  # in the smallest part, or held out
+FEW_ROWS = 10  # in a part, or held out
+OF_A_CLASS = 3  # below so many rows of a class, on average, scores rise along another curve (seen on banking77)
+SIZES = 3  # fewer cannot be told from each other by a curve with three parameters
 WIDE = 0.05  # an interval that is wider than 5 points, and in which no gain lies too, is nothing to act on
 
 
@@ -46,8 +48,8 @@ class Curve:
     Attributes:
         metric: "macro_f1" or "r2".
         points: by rising number of rows; the last is all of train.
-        twice: the score after training on twice the rows, with its 95% interval (value, low, high); None for too few.
-        gain: what that is more than now, in the same form.
+        twice: the score after training on twice the rows, and its 95% interval: (value, low, high).
+        gain: what that is more than now, in the same form. Both are None where there is too little data to try.
         verdict: the same in one sentence.
     """
 
@@ -68,7 +70,8 @@ def learning_curve(
     """Measures how the score rises with the rows of train, and what twice as many would bring.
 
     Train is cut, in random order, into 8, 4 and 2 parts and taken whole: parts of one size have no row in common, so
-    that their scores vary as those of other data would, and every size costs about the same time.
+    that their scores vary as those of other data would, and every size costs about the same time. Parts that are too
+    small for the number of classes are left out.
 
     Args:
         train: features, float [rows, width], and targets.
@@ -83,16 +86,19 @@ def learning_curve(
     (x, y), (held_x, held_y), metric = train, held_out, "r2" if kind == "values" else "macro_f1"
     x, held_x = (np.asarray(features, dtype=np.float32) for features in (x, held_x))
     target, gold = _targets(np.asarray(y), np.asarray(held_y), kind)
-    if min(len(x) // PARTS[0], len(held_x)) < FEW_ROWS or (kind == "classes" and len(np.unique(target)) < 2):
-        return Curve(metric, (), None, None, f"cannot tell: too little data ({len(x)} rows, {len(held_x)} held out)")
+    classes = len(np.unique(target)) if kind == "classes" else 2
+    parts = [count for count in PARTS if len(x) / count >= max(FEW_ROWS, OF_A_CLASS * classes)]
+    if len(parts) < SIZES or len(held_x) < FEW_ROWS or classes < 2:
+        found = f"{len(x)} rows, {len(held_x)} held out" + (f", {classes} classes" if kind == "classes" else "")
+        return Curve(metric, (), None, None, f"cannot tell: too little data ({found})")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(x))
     with quietly():
         predicted = [
             np.stack([_predict(x[part], target[part], held_x, kind) for part in np.array_split(order, count)])
-            for count in PARTS
+            for count in parts
         ]
-    rows, every = np.array([len(x) / count for count in PARTS]), np.arange(len(gold))
+    rows, every = np.array([len(x) / count for count in parts]), np.arange(len(gold))
     scores = [_scores(gold, of_size, every, kind) for of_size in predicted]
     points = tuple(
         Point(round(n), float(found.mean()), float(found.min()), float(found.max()))
@@ -104,9 +110,8 @@ def learning_curve(
 def _targets(target: Array, gold: Array, kind: Kind) -> tuple[Array, Array]:
     """Values as floats, labels as 0 and 1, classes as numbers; what is held out may have other classes."""
     if kind != "classes":
-        return (
-            (target.astype(float), gold.astype(float)) if kind == "values" else (target.astype(int), gold.astype(int))
-        )
+        as_type = float if kind == "values" else int
+        return target.astype(as_type), gold.astype(as_type)
     _, ids = np.unique(np.concatenate([target, gold]), return_inverse=True)
     return ids[: len(target)], ids[len(target) :]
 
@@ -185,6 +190,7 @@ def _follow(rows: Array, errors: Array, where: float) -> Array:
 
 
 def _followed(metric: str, points: tuple[Point, ...], twice: Array, gain: Array) -> Curve:
+    """The curve, with the percentile intervals of the resamples and what they mean in words."""
     (low, high), (less, more) = np.percentile(twice[1:], ENDS), np.percentile(gain[1:], ENDS)
     value, likely = float(twice[0]), float(gain[0])
     interval = (value, min(float(low), value), min(max(float(high), value), 1.0))
