@@ -881,7 +881,9 @@ class TestTrial:
             for name, table in rows.items()
         }
         fp32 = Choice(False, True, "")
-        return trial.Setting(recipe, task, "accuracy", encoded["train"], encoded["validation"], encoded["validation"], 64, (), fp32)
+        return trial.Setting(
+            recipe, task, "accuracy", encoded["train"], encoded["validation"], encoded["validation"], 64, (), fp32
+        )
 
     def test_what_it_found_is_what_its_checkpoint_gives(self, setting: trial.Setting, tmp_path: Path) -> None:
         found = trial.run(setting, resolved(setting, "lora"), 3, tmp_path / "trial")
