@@ -280,9 +280,18 @@ def test_length_summary() -> None:
 # Real data
 
 
-@pytest.mark.parametrize(("name", "classes", "repeats", "leaks"), [("sms_spam_tiny", 2, 0, 0), ("banking77", 77, 4, 7)])
+REAL = [
+    ("sms_spam_tiny", 2, 0, 0),
+    ("banking77", 77, 4, 7),
+    ("snips", 7, 207, 10),  # 11 rows of train, two of which are one text
+    ("thucnews_titles_zh", 10, 7, 8),  # 6 in test and 2 in validation
+    ("xlmt_sentiment/fr", 3, 0, 6),
+]
+
+
+@pytest.mark.parametrize(("name", "classes", "repeats", "leaks"), REAL)
 def test_real_data(name: str, classes: int, repeats: int, leaks: int) -> None:
-    """The README of each set counts its repeats, within train and between train and test, by a program of its own."""
+    """The README of each set counts its repeats, within train and between splits, by a program of its own."""
     if not (SHARED / name).is_dir():
         pytest.skip(f"the shared data set is not there: {SHARED / name}")
     files = {split: SHARED / name / f"{split}.jsonl" for split in ("train", "validation", "test")}
