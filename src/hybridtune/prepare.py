@@ -117,7 +117,7 @@ def _read(
         _refuse_same_file(recipe, name, source)
         sources[name] = read.describe(source)
         before = len(notes.rejected)
-        table = read.read(source, name, max_rows=recipe.max_rows, notes=notes)
+        table = task.unpack(read.read(source, name, max_rows=recipe.max_rows, notes=notes))
         if rejected := notes.rejected[before:]:
             first = f"{rejected[0]['source']}:{rejected[0]['line']}: {rejected[0]['problem']}"
             notes.warn(
@@ -148,7 +148,7 @@ def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error:
     """The error, with another mend where it is `max_rows` that has left labels of train out."""
     if recipe.max_rows is None or task.target not in train.column_names:
         return error
-    table = read.read(recipe.data.train, "train", notes=read.Notes(recipe.data.on_bad_row))
+    table = task.unpack(read.read(recipe.data.train, "train", notes=read.Notes(recipe.data.on_bad_row)))
     every = read.map_columns(table, "train", source, task.columns, recipe.data.columns, task.required)
     have, there = (len(set(map(str, rows[task.target][:]))) for rows in (train, every))
     if have == there:
@@ -253,6 +253,7 @@ def setting_of(
                 console.line(f"  - {said}: read in several windows")
             else:
                 console.warn(f"{said} and are cut there")
+    targets = _target_lengths(task, limit, encoded, console)
     for name, share in unknown.items():
         if share > 0.05:
             console.warn(
@@ -271,7 +272,22 @@ def setting_of(
         callbacks,
         compute_metrics,
     )
-    return shared, {"lengths": lengths, "unknown_tokens": unknown}
+    return shared, {"lengths": lengths, "unknown_tokens": unknown, **targets}
+
+
+def _target_lengths(task: Task, limit: int, encoded: dict[str, Dataset], console: Console) -> dict[str, Any]:
+    """How long targets are that are texts, and how many are longer than what is learnt of them."""
+    most = task.target_limit(limit)
+    if most is None:
+        return {}
+    found = {name: check.length_summary(np.asarray(table["target_length"][:]), most) for name, table in encoded.items()}
+    for name, summary in found.items():
+        if summary["truncated"]:
+            console.warn(
+                f"{name}: {summary['truncated']} targets are longer than {most} tokens, the longest {summary['max']}: "
+                "the model learns no more of them, and writes no more; raise max_new_tokens where it should"
+            )
+    return {"target_lengths": found}
 
 
 def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[str]]:

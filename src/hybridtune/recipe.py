@@ -241,6 +241,15 @@ class Recipe(Training):
     doc_stride: int | None = Field(None, gt=0)
     max_answer_length: int | None = Field(None, gt=0)
     n_best_size: int | None = Field(None, gt=0)
+    source_language: str | None = None
+    target_language: str | None = None
+    num_beams: int | None = Field(None, gt=0)
+    max_new_tokens: int | None = Field(None, gt=0)
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, gt=0)
+    early_stopping: bool | Literal["never"] | None = None
+    generate_on: int | None = Field(None, gt=0)
     class_weight: Literal["balanced"] | dict[str, float] | None = None
     trust_remote_code: bool = False
     per_device_eval_batch_size: int | None = Field(None, gt=0)

@@ -49,17 +49,6 @@ class Vocabulary:
         """Whether the loss may be computed here."""
         return not self.reason
 
-    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with what an encoder-decoder makes of labels, since it will not be given them."""
-        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if prepare is None or any(batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds")):
-            return batch
-        made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
-        config: Any = self.model.config
-        if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
-            made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
-        return made
-
     @contextmanager
     def open(self, labels: torch.Tensor) -> Iterator[None]:
         """For one forward without labels: its loss is the sum over its labelled tokens, its logits are left out."""
@@ -141,7 +130,7 @@ class Vocabulary:
             return "its own loss is not the cross-entropy of what its head gives"
         with torch.no_grad():
             own = self.model(**batch)["loss"]
-            rest = self.complete(batch)
+            rest = complete(self.model, batch)
             labels = rest["labels"]
             with self.open(labels):
                 outputs = self.model(**{key: value for key, value in rest.items() if key != "labels"})
@@ -194,6 +183,18 @@ def start(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> Vocabular
         said = (str(error) or type(error).__name__).splitlines()[0]
         found.reason = f"it cannot run without logits ({said[:120]})"
     return found
+
+
+def complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with what an encoder-decoder makes of labels, where it will not be given them."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None or any(batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds")):
+        return batch
+    made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
+    config: Any = model.config
+    if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
+        made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
+    return made
 
 
 def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

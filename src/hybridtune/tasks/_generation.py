@@ -1,0 +1,378 @@
+"""What tasks share whose models write a text, token by token: encoder-decoders and decoders alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+
+from .. import tasks
+from ..data.checking import check
+from ..errors import ModelError, RecipeError
+from . import Logits, Stats
+from ._prompts import Prompts
+from ._texts import NO_SPACES, pad_on_the_right, script_of, word_places
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..recipe import Recipe
+
+IGNORED = -100
+MAX_NEW_TOKENS = 128  # as max_target_length of transformers' examples for translation and summarization
+GENERATE_ON = 200  # rows: one standard error of a corpus BLEU of 30 is about 1 there
+SHOWN = 10
+EXAMPLE = 300  # characters
+SETTINGS = (
+    "num_beams",
+    "max_new_tokens",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "early_stopping",
+)
+_OF_BEAMS = ("length_penalty", "early_stopping")
+# Of sampling, which is off, and of lengths that the model was told for other texts.
+_UNSET = (
+    *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("max_length", "min_length", "min_new_tokens"),
+)
+REPEATED = 4  # times that three words stand in a text which repeats itself
+
+
+class WritingTask(tasks.Task):
+    """Rows of a text and what is to be written about it; perhaps `references`, other texts that would be as right.
+
+    Args:
+        template: what the model is told, with a place for the text.
+        settings: of `generate`, that the recipe gives; the model's own count besides.
+        generate_on: on how many validation rows it writes during training.
+        script: of what is written, as `_texts.script_of` has it; found out from train where not given.
+        hints: the user's own names of columns.
+    """
+
+    auto_class = "AutoModelForSeq2SeqLM"  # of a decoder alone see `model.load`
+    peft_type = "SEQ_2_SEQ_LM"
+    writes = True
+    keys: tuple[str, ...] = ("template", "generate_on", *SETTINGS)
+    target: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        template: str | None = None,
+        settings: dict[str, Any] | None = None,
+        generate_on: int = GENERATE_ON,
+        script: str = "",
+        hints: dict[str, str] | None = None,
+    ) -> None:
+        self.template, self.generate_on, self.script = template, generate_on, script
+        self.settings = {"max_new_tokens": MAX_NEW_TOKENS, **(settings or {})}
+        self.hints = dict(hints or {})
+        self.encoder_decoder = True  # `prepare` is told by the model
+        self._tokenizer: Any = None
+        self._ends: set[int] = set()
+
+    @classmethod
+    def arguments(cls, recipe: Recipe) -> dict[str, Any]:
+        """What the recipe says of all these tasks, as arguments.
+
+        Raises:
+            RecipeError: the template has no place for the text, or a setting is of beams and there is one alone.
+        """
+        place = f"{{{cls.inputs[0]}}}"
+        if recipe.template is not None and place not in recipe.template:
+            raise RecipeError(
+                f"template: has no place for the {cls.inputs[0]}",
+                found=recipe.template,
+                expected=f"such as: '{cls.__module__.rpartition('.')[2]}: {place}'",
+            )
+        settings = {key: value for key in SETTINGS if (value := getattr(recipe, key)) is not None}
+        for key in _OF_BEAMS:
+            if key in settings and settings.get("num_beams") == 1:
+                raise RecipeError(
+                    f"{key}: is of beam search", found="num_beams: 1", expected="num_beams: 2 or more", mend=f"no {key}"
+                )
+        given = {"settings": settings, "template": recipe.template, "hints": recipe.data.columns}
+        return given | ({"generate_on": recipe.generate_on} if recipe.generate_on else {})
+
+    def state(self) -> dict[str, Any]:
+        """How texts are put before the model and how it writes."""
+        keys = ("name", "template", "settings", "generate_on", "script", "hints")
+        return {key: getattr(self, key) for key in keys}
+
+    def model_config(self) -> dict[str, Any]:
+        """Nothing: `prepare` tells the model how to write."""
+        return {}
+
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Pads on the right, and tells the model's generation_config how it writes and where it ends.
+
+        Raises:
+            ModelError: it sees the words that it is to write, nothing tells it where to begin, or no token to end.
+        """
+        _refuse_encoders(model)
+        pad_on_the_right(model, tokenizer)
+        self.encoder_decoder, self._tokenizer = bool(model.config.is_encoder_decoder), tokenizer
+        prompts = self._prompts(tokenizer)
+        prompts.refuse()
+        config: Any = model.generation_config
+        for key in _UNSET:
+            setattr(config, key, None)
+        config.do_sample, config.pad_token_id = False, tokenizer.pad_token_id
+        for key, value in self.settings.items():
+            setattr(config, key, value)
+        if (config.num_beams or 1) == 1:
+            for key in _OF_BEAMS:
+                if key in self.settings:
+                    raise ModelError(f"{key}: is of beam search, and there is one beam", mend="num_beams: 4, say")
+                setattr(config, key, None)
+        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = dict.fromkeys(one for one in (*known, prompts.end) if one is not None)
+        config.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends))
+        self._ends = set(ends)
+        if self.encoder_decoder:
+            first = model.config.decoder_start_token_id
+            for one in (config.decoder_start_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id):
+                first = one if first is None else first
+            first = tokenizer.pad_token_id if first is None else first
+            config.decoder_start_token_id = model.config.decoder_start_token_id = first
+
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        return Prompts(tokenizer, self.template, f"{{{self.inputs[0]}}}", self.encoder_decoder)
+
+    def target_limit(self, limit: int) -> int:
+        """As many as the model may write, but of a decoder's text no more than half."""
+        return min(int(self.settings["max_new_tokens"]), limit if self.encoder_decoder else limit // 2)
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
+        """Tokens of rows. To a decoder alone a row is one text: `prompt` tells how many tokens it is given of it.
+
+        `target_length` is that of the whole target; of one longer than `max_new_tokens` the rest is not learnt.
+        """
+        prompts, longest = self._prompts(tokenizer), self.target_limit(limit)
+        room = limit if self.encoder_decoder else limit - longest
+        given, lengths, unknown = prompts.said(_texts(rows, self.inputs[0]), room)
+        columns: dict[str, Any] = {"input_ids": given, "length": [length + limit - room for length in lengths]}
+        columns["unknown"] = unknown
+        if self.target in rows.column_names:
+            written, columns["target_length"] = prompts.written(_texts(rows, self.target), longest)
+            columns["labels"] = written
+        if not self.encoder_decoder:
+            columns["prompt"] = [len(ids) for ids in given]
+            if "labels" in columns:
+                columns["input_ids"] = [a + b for a, b in zip(given, written, strict=True)]
+                columns["labels"] = [[IGNORED] * len(a) + b for a, b in zip(given, written, strict=True)]
+        columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+        return Dataset.from_dict(columns)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        """Pads labels too."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)  # type: ignore[return-value]
+
+    def questions(self, items: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Without what the model is to write."""
+        if "prompt" not in items.column_names:
+            return super().questions(items, tokenizer)
+        given = [ids[:count] for ids, count in zip(items["input_ids"][:], items["prompt"][:], strict=True)]
+        return Dataset.from_dict({"input_ids": given, "attention_mask": [[1] * len(ids) for ids in given]})
+
+    def respond(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tokens that it writes, [rows, tokens], those behind the end padded."""
+        given = batch["input_ids"].shape[1]
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        room = int(positions or 10**9) - (1 if self.encoder_decoder else given)
+        most = min(int(self.settings["max_new_tokens"]), max(room, 1))
+        batch = batch if self.encoder_decoder else _padded_on_the_left(batch)
+        written: torch.Tensor = model.generate(**batch, max_new_tokens=most)  # type: ignore[operator]
+        return written[:, 1 if self.encoder_decoder else given :]
+
+    def difference(self, ours: Logits, theirs: Logits) -> float:
+        """The share of rows for which something else is written."""
+        return float(np.mean([a != b for a, b in zip(map(self._own, ours), map(self._own, theirs), strict=True)]))
+
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy of the tokens to be written, summed, over those of the global batch."""
+        from torch.nn.functional import cross_entropy
+
+        shift = 0 if self.encoder_decoder else 1  # a decoder alone predicts the next token of its own text
+        logits = outputs["logits"][:, : labels.shape[1] - shift]
+        labels = labels[:, shift:].to(logits.device)
+        exact = logits.float() if logits.element_size() < 4 else logits
+        total = cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (labels.ne(IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _own(self, ids: np.ndarray) -> list[int]:
+        """The tokens of a text up to its end."""
+        written: list[int] = ids.tolist()
+        end = next((at for at, one in enumerate(written) if one in self._ends), len(written))
+        return written[:end]
+
+    def texts(self, answers: Logits) -> list[str]:
+        """What was written."""
+        told = self._tokenizer.batch_decode([self._own(ids) for ids in answers], skip_special_tokens=True)
+        return [text.strip() for text in told]
+
+    def decode(self, logits: Logits, items: Dataset, rows: Dataset) -> list[dict[str, Any]]:
+        """`text`: what was written."""
+        return [{"text": text} for text in self.texts(logits)]
+
+    def say(self, prediction: dict[str, Any]) -> str:
+        """The text."""
+        return str(prediction["text"])
+
+    def golds(self, rows: Dataset) -> list[list[str]]:
+        """For each row the texts that would be right."""
+        more = rows["references"][:] if "references" in rows.column_names else [None] * len(rows)
+        return [
+            [text, *(str(one) for one in ([others] if isinstance(others, str) else others or []) if one)]
+            for text, others in zip(_texts(rows, self.target), more, strict=True)
+        ]
+
+    def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
+        """What the scores are computed from, and how the texts look."""
+        cut = np.array([not self._ends & set(ids.tolist()) for ids in logits])
+        return {**self.stats(self.texts(logits), rows), "cut": cut}
+
+    def stats(self, texts: Sequence[str], rows: Dataset) -> Stats:
+        """The same of texts that no model has written."""
+        golds = self.golds(rows)
+        looks = [
+            (len(text), np.mean(list(map(len, gold))), not text, _repeats(text), _copied(text, source), text in gold)
+            for text, gold, source in zip(texts, golds, _texts(rows, self.inputs[0]), strict=True)
+        ]
+        names = ("characters", "gold_characters", "empty", "repeats", "copied", "exact")
+        columns = dict(zip(names, map(np.array, zip(*looks, strict=True)), strict=True))
+        return {**self.scores(texts, golds), **columns}
+
+    @abstractmethod
+    def scores(self, texts: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
+        """For each text what the metrics are computed from."""
+
+    @abstractmethod
+    def each(self, stats: Stats) -> np.ndarray:
+        """A score of each row by itself, by which rows are shown."""
+
+    @property
+    @abstractmethod
+    def signatures(self) -> dict[str, str]:
+        """How the metrics are computed, so that others can do the same."""
+
+    def right(self, stats: Stats) -> np.ndarray:
+        """Whether the text is exactly one of the right ones."""
+        return np.asarray(stats["exact"]).astype(bool)
+
+    def learn_script(self, train: Dataset, language: str | None = None) -> list[check.Finding]:
+        """Finds out how words are told apart, and says so where they have no spaces between them."""
+        texts = _texts(train, self.target)
+        self.script = self.script or script_of(texts, language)
+        if self.script not in NO_SPACES:
+            return []
+        told = ", ".join(f"{name} {how}" for name, how in self.signatures.items())
+        did = f"words have no spaces between them there: {told}"
+        return [check.Finding("no_spaces", "train", len(texts), did, "info", [])]
+
+    def strata(self, rows: Dataset) -> None:
+        """All rows are alike."""
+
+    def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
+        """How long the texts of each split are, in characters: medians and the longest."""
+        found = []
+        for name, rows in splits.items():
+            entry: dict[str, Any] = {"split": name}
+            for column in (self.inputs[0], self.target):
+                lengths = [len(text) for text in _texts(rows, column)]
+                entry |= {f"{column}_median": float(np.median(lengths)), f"{column}_longest": max(lengths)}
+            found.append(entry)
+        return {"written": found}
+
+    def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """How the texts look, and the best and the worst of them beside what would have been right."""
+        order = np.argsort(self.each(stats), kind="stable")
+        texts, golds = _texts(rows, self.inputs[0]), self.golds(rows)
+
+        def shown(numbers: np.ndarray) -> list[dict[str, Any]]:
+            return [
+                {
+                    "row": rows["_row"][int(at)],
+                    "text": texts[at][:EXAMPLE],
+                    "gold": " / ".join(golds[at])[:EXAMPLE],
+                    "predicted": predictions[at]["text"][:EXAMPLE],
+                }
+                for at in numbers
+            ]
+
+        count = min(SHOWN, -(-len(order) // 2))
+        written = {
+            "length_ratio": float(stats["characters"].sum() / max(stats["gold_characters"].sum(), 1)),
+            "copied": float(stats["copied"].mean()),
+            **{name: int(stats[key].sum()) for name, key in (("exact", "exact"), ("empty", "empty"))},
+            "repeating": int(stats["repeats"].sum()),
+            "cut_off": int(stats["cut"].sum()),
+        }
+        return {
+            "signatures": self.signatures,
+            "written": written,
+            "best_rows": shown(order[::-1][:count]),
+            "worst_rows": shown(order[:count]),
+        }
+
+    @property
+    def reading(self) -> str:
+        """What the model is told, and how it writes."""
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        told = f"It is told `{self.template}`. " if self.template else ""
+        return f"{told}Its generation_config.json says how it writes: {settings}. `hybridtune predict` does both."
+
+
+def _texts(rows: Dataset, column: str) -> list[str]:
+    return ["" if value is None else str(value) for value in rows[column][:]]
+
+
+def _refuse_encoders(model: PreTrainedModel) -> None:
+    """Refuses a model that sees the words behind the one it is to write: one for masked words, not told otherwise."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    config: Any = model.config
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
+        return
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise ModelError(
+            f"model {model.name_or_path or config.model_type}: a {config.model_type} cannot write: it was made to see "
+            "the words on both sides",
+            expected="an encoder-decoder (T5, BART, Marian, NLLB) or a decoder (GPT-2, Llama, Qwen)",
+        )
+
+
+def _padded_on_the_left(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is padded on the right with the padding on the left, so that all texts end where writing begins."""
+    import torch
+
+    mask = batch["attention_mask"]
+    width = mask.shape[1]
+    places = (torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)) % width
+    return {key: value.gather(1, places) for key, value in batch.items()}
+
+
+def _repeats(text: str) -> bool:
+    """Whether three words stand in it again and again."""
+    words = [text[slice(*place)] for place in word_places(text)]
+    runs = Counter(zip(words, words[1:], words[2:], strict=False))
+    return max(runs.values(), default=0) >= REPEATED
+
+
+def _copied(text: str, source: str) -> float:
+    """The share of its pairs of words that stand in the source."""
+    mine, theirs = (list(pairwise([one[slice(*place)] for place in word_places(one)])) for one in (text, source))
+    there = set(theirs)
+    return sum(pair in there for pair in mine) / len(mine) if mine else 0.0
