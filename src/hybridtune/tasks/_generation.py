@@ -77,7 +77,7 @@ class WritingTask(tasks.Task):
         self.hints = dict(hints or {})
         self.encoder_decoder = True  # `prepare` is told by the model
         self._tokenizer: Any = None
-        self._ends: set[int] = set()
+        self._config: Any = None  # the model's generation_config
 
     @classmethod
     def arguments(cls, recipe: Recipe) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class WritingTask(tasks.Task):
         known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         ends = dict.fromkeys(one for one in (*known, prompts.end) if one is not None)
         config.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends))
-        self._ends = set(ends)
+        self._config = config
         if self.encoder_decoder:
             first = model.config.decoder_start_token_id
             for one in (config.decoder_start_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id):
@@ -213,10 +213,16 @@ class WritingTask(tasks.Task):
         return total / (labels.ne(IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     def _own(self, ids: np.ndarray) -> list[int]:
-        """The tokens of a text up to its end."""
+        """The tokens of a text up to its end, without one that is forced to come first, such as its language."""
         written: list[int] = ids.tolist()
         end = next((at for at, one in enumerate(written) if one in self._ends), len(written))
-        return written[:end]
+        return written[1 if written[:1] == [self._config.forced_bos_token_id] else 0 : end]
+
+    @property
+    def _ends(self) -> set[int]:
+        """The tokens that a text may end with."""
+        ends = self._config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
 
     def texts(self, answers: Logits) -> list[str]:
         """What was written."""
