@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from .. import tasks
 from ..data.checking import check
-from ..errors import ModelError, RecipeError
-from . import Logits, Stats
+from ..errors import RecipeError
+from . import Logits, Stats, _writing
 from ._prompts import Prompts
 from ._texts import NO_SPACES, pad_on_the_right, script_of, word_places
 
@@ -25,24 +25,9 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 IGNORED = -100
-MAX_NEW_TOKENS = 128  # as max_target_length of transformers' examples for translation and summarization
 GENERATE_ON = 200  # rows: one standard error of a corpus BLEU of 30 is about 1 there
 SHOWN = 10
 EXAMPLE = 300  # characters
-SETTINGS = (
-    "num_beams",
-    "max_new_tokens",
-    "length_penalty",
-    "no_repeat_ngram_size",
-    "repetition_penalty",
-    "early_stopping",
-)
-_OF_BEAMS = ("length_penalty", "early_stopping")
-# Of sampling, which is off, and of lengths that the model was told for other texts.
-_UNSET = (
-    *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    *("max_length", "min_length", "min_new_tokens"),
-)
 REPEATED = 4  # times that three words stand in a text which repeats itself
 
 
@@ -60,7 +45,7 @@ class WritingTask(tasks.Task):
     auto_class = "AutoModelForSeq2SeqLM"  # of a decoder alone see `model.load`
     peft_type = "SEQ_2_SEQ_LM"
     writes = True
-    keys: tuple[str, ...] = ("template", "generate_on", *SETTINGS)
+    keys: tuple[str, ...] = ("template", "generate_on", *_writing.SETTINGS)
     target: ClassVar[str]
 
     def __init__(
@@ -73,7 +58,7 @@ class WritingTask(tasks.Task):
         hints: dict[str, str] | None = None,
     ) -> None:
         self.template, self.generate_on, self.script = template, generate_on, script
-        self.settings = {"max_new_tokens": MAX_NEW_TOKENS, **(settings or {})}
+        self.settings = {"max_new_tokens": _writing.MAX_NEW_TOKENS, **(settings or {})}
         self.hints = dict(hints or {})
         self.encoder_decoder = True  # `prepare` is told by the model
         self._tokenizer: Any = None
@@ -93,13 +78,7 @@ class WritingTask(tasks.Task):
                 found=recipe.template,
                 expected=f"such as: '{cls.__module__.rpartition('.')[2]}: {place}'",
             )
-        settings = {key: value for key in SETTINGS if (value := getattr(recipe, key)) is not None}
-        for key in _OF_BEAMS:
-            if key in settings and settings.get("num_beams") == 1:
-                raise RecipeError(
-                    f"{key}: is of beam search", found="num_beams: 1", expected="num_beams: 2 or more", mend=f"no {key}"
-                )
-        given = {"settings": settings, "template": recipe.template, "hints": recipe.data.columns}
+        given = {"settings": _writing.settings_of(recipe), "template": recipe.template, "hints": recipe.data.columns}
         return given | ({"generate_on": recipe.generate_on} if recipe.generate_on else {})
 
     def state(self) -> dict[str, Any]:
@@ -117,32 +96,12 @@ class WritingTask(tasks.Task):
         Raises:
             ModelError: it sees the words that it is to write, nothing tells it where to begin, or no token to end.
         """
-        _refuse_encoders(model)
+        _writing.refuse_encoders(model)
         pad_on_the_right(model, tokenizer)
         self.encoder_decoder, self._tokenizer = bool(model.config.is_encoder_decoder), tokenizer
         prompts = self._prompts(tokenizer)
         prompts.refuse()
-        config: Any = model.generation_config
-        for key in _UNSET:
-            setattr(config, key, None)
-        config.do_sample, config.pad_token_id = False, tokenizer.pad_token_id
-        for key, value in self.settings.items():
-            setattr(config, key, value)
-        if (config.num_beams or 1) == 1:
-            for key in _OF_BEAMS:
-                if key in self.settings:
-                    raise ModelError(f"{key}: is of beam search, and there is one beam", mend="num_beams: 4, say")
-                setattr(config, key, None)
-        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        ends = dict.fromkeys(one for one in (*known, prompts.end) if one is not None)
-        config.eos_token_id = list(ends) if len(ends) > 1 else next(iter(ends))
-        self._config = config
-        if self.encoder_decoder:
-            first = model.config.decoder_start_token_id
-            for one in (config.decoder_start_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id):
-                first = one if first is None else first
-            first = tokenizer.pad_token_id if first is None else first
-            config.decoder_start_token_id = model.config.decoder_start_token_id = first
+        self._config = _writing.set_up(model, tokenizer, self.settings, prompts.end)
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
         return Prompts(tokenizer, self.template, f"{{{self.inputs[0]}}}", self.encoder_decoder)
@@ -187,13 +146,7 @@ class WritingTask(tasks.Task):
 
     def respond(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The tokens that it writes, [rows, tokens], those behind the end padded."""
-        given = batch["input_ids"].shape[1]
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        room = int(positions or 10**9) - (1 if self.encoder_decoder else given)
-        most = min(int(self.settings["max_new_tokens"]), max(room, 1))
-        batch = batch if self.encoder_decoder else _padded_on_the_left(batch)
-        written: torch.Tensor = model.generate(**batch, max_new_tokens=most)  # type: ignore[operator]
-        return written[:, 1 if self.encoder_decoder else given :]
+        return _writing.write(model, batch, int(self.settings["max_new_tokens"]))
 
     def difference(self, ours: Logits, theirs: Logits) -> float:
         """The share of rows for which something else is written."""
@@ -343,31 +296,6 @@ class WritingTask(tasks.Task):
 
 def _texts(rows: Dataset, column: str) -> list[str]:
     return ["" if value is None else str(value) for value in rows[column][:]]
-
-
-def _refuse_encoders(model: PreTrainedModel) -> None:
-    """Refuses a model that sees the words behind the one it is to write: one for masked words, not told otherwise."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-
-    config: Any = model.config
-    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        return
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        raise ModelError(
-            f"model {model.name_or_path or config.model_type}: a {config.model_type} cannot write: it was made to see "
-            "the words on both sides",
-            expected="an encoder-decoder (T5, BART, Marian, NLLB) or a decoder (GPT-2, Llama, Qwen)",
-        )
-
-
-def _padded_on_the_left(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is padded on the right with the padding on the left, so that all texts end where writing begins."""
-    import torch
-
-    mask = batch["attention_mask"]
-    width = mask.shape[1]
-    places = (torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)) % width
-    return {key: value.gather(1, places) for key, value in batch.items()}
 
 
 def _repeats(text: str) -> bool:
