@@ -175,6 +175,7 @@ class Data(Keys):
     validation: Any = None
     test: Any = None
     columns: dict[str, str] = Field(default_factory=dict)
+    survey: bool = True
     on_bad_row: Literal["refuse", "skip"] = "refuse"
 
 
