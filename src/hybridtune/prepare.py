@@ -25,6 +25,7 @@ from .data.reading import read
 from .data.reading.sources import same_files
 from .engine import precision
 from .errors import DataError, RecipeError
+from .own_metrics import NO_METRICS, OwnMetrics
 from .recipe import Recipe, Rule, Stage, Strategy, Training
 from .resolve import plan
 from .stage import arguments_of
@@ -223,6 +224,7 @@ def setting_of(
     callbacks: Sequence[TrainerCallback] = (),
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     begun: bool | None = None,
+    own: OwnMetrics | None = None,
 ) -> tuple[Setting, dict[str, Any]]:
     """Loads the model once, to plan every candidate on it and to cut the rows into what tokens they leave room for.
 
@@ -231,6 +233,7 @@ def setting_of(
         console: is told of the model and of rows that do not fit it.
         callbacks, compute_metrics: the user's own.
         begun: of a resumed run, whether it was begun in bf16.
+        own: metrics of the user's own.
 
     Returns:
         What all trials share, and what data.json says of the rows' lengths.
@@ -280,6 +283,7 @@ def setting_of(
         limit,
         plans,
         chosen,
+        own or NO_METRICS,
         callbacks,
         compute_metrics,
     )

@@ -52,6 +52,7 @@ class Task(ABC):
         required: those that rows must have.
         inputs: those that the model reads.
         target: the column that holds what is to be predicted.
+        answer: the key of a prediction that is compared with it.
         metrics: name -> "maximize" or "minimize"; the first is the task's own.
         hints: the names that the user's own columns have.
         per_token: whether logits have a place for every token, [tokens, ...] an item.
@@ -68,6 +69,7 @@ class Task(ABC):
     required: tuple[str, ...]
     inputs: tuple[str, ...]
     target: ClassVar[str]
+    answer: ClassVar[str]
     metrics: dict[str, str]
     hints: dict[str, str]
     per_token: ClassVar[bool] = False

@@ -37,6 +37,7 @@ class Task(TextTask):
     """
 
     name = "classification"
+    answer = "label"
     keys = (*TextTask.keys, "multi_label", "class_weight", "abstain")
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         **TextTask.columns,

@@ -34,6 +34,7 @@ class Task(TextTask):
     """
 
     name = "regression"
+    answer = "value"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         **TextTask.columns,
         "label": ("labels", "score", "target", "value", "rating", "stars", "similarity_score", "y"),
