@@ -91,6 +91,7 @@ def rows_of(
             }
             for name, table in rows.items()
         },
+        "windowed": task.windowed,
         **task.profile(rows),
     }
     if recipe.data.survey:
