@@ -102,7 +102,7 @@ def tune(
         evaluation = _evaluate(setting, decision, rows, folder, console)
         report.write_report(folder)
     run = Run(folder, asked.device)
-    say_result(folder, evaluation, console)
+    say_result(folder, evaluation, task.inputs, console)
     if asked.push_to_hub:
         run.push_to_hub(asked.hub_model_id, asked.hub_private_repo, asked.hub_token)
     return run

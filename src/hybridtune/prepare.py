@@ -320,7 +320,8 @@ def _doubts(
     loaded.model.to(models.pick_device(recipe.device))  # type: ignore[arg-type]
     found = survey.features(task, loaded, rows, items, seed)
     if isinstance(found, str):
-        console.line(f"  labels and amount of data are not looked at: {found}")
+        if task.pooled:
+            console.line(f"  labels and amount of data are not looked at: {found}")
         return {"curve": None, "not_looked_at": found}
     findings, curve = survey.of_features(task, found, seed)
     _say_findings(findings, console)
