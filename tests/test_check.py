@@ -7,11 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from datasets import Dataset
 
-from hybridtune.data.checking.check import Finding, check_classification, label_names, label_table, length_summary
+from hybridtune.data.checking.check import Finding, check_classification, label_names, label_table
 from hybridtune.data.reading.read import read
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
@@ -266,15 +265,6 @@ def test_several_labels_may_be_one_label_or_none() -> None:
 
 
 # Tables and lengths
-
-
-def test_length_summary() -> None:
-    lengths = np.arange(1, 101)
-    summary = length_summary(lengths, 90)
-    assert summary == {"median": 50, "p95": 95, "max": 100, "limit": 90, "truncated": 10}
-    assert all(type(value) is int for value in summary.values())
-    assert length_summary(np.array([], int), 8) == {"median": 0, "p95": 0, "max": 0, "limit": 8, "truncated": 0}
-    assert length_summary(np.array([8]), 8)["truncated"] == 0
 
 
 # Real data

@@ -243,9 +243,9 @@ def test_long_texts_and_unknown_words_are_counted_and_said(tune: Callable[..., h
     assert data["lengths"]["train"]["limit"] == 64
     assert data["lengths"]["train"]["max"] > 70
     assert "! train: 3 rows are longer than 64 tokens and are cut there" in said.getvalue()
-    assert data["unknown_tokens"]["train"] == 0
-    assert data["unknown_tokens"]["test"] > 0.6
-    share = data["unknown_tokens"]["test"]
+    assert data["lengths"]["train"]["unknown_share"] == 0
+    assert data["lengths"]["test"]["unknown_share"] > 0.6
+    share = data["lengths"]["test"]["unknown_share"]
     assert f"! test: {share:.0%} of the tokens are unknown to this tokenizer" in said.getvalue()
     assert "train: 0%" not in said.getvalue()
 

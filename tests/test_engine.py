@@ -504,3 +504,32 @@ def test_attention_with_dropout_under_autocast() -> None:
         loss = model(**padded()).logits.float().square().mean()
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("head", ["QuestionAnswering", "TokenClassification"])
+@pytest.mark.parametrize("name", list(tiny.CLASSIFIERS))
+def test_heads_that_answer_for_every_token(name: str, head: str) -> None:
+    """The engine proves itself on them with the labels that their tasks have, which are not always the models' own."""
+    try:
+        model = shaken(tiny.headed(name, head)).double()
+    except ValueError:
+        pytest.skip(f"transformers has no such head for {name}")
+    batch = padded()
+    labels = torch.tensor([[1, 2]] * len(LENGTHS)) if head == "QuestionAnswering" else batch["input_ids"] % 2
+    labels = labels.masked_fill(~batch["attention_mask"].bool(), -100) if labels.shape[1] > 2 else labels
+    started = engine.start(model, {**batch, "labels": labels})
+    if name == "deberta-v2":
+        assert not started.on
+        return
+    assert started.on, started.reason
+    where = batch["attention_mask"].bool()
+
+    def answers() -> torch.Tensor:
+        output = model(**batch)
+        if head == "QuestionAnswering":
+            return torch.stack([output.start_logits, output.end_logits], -1)[where]
+        return output.logits[where]
+
+    expected = answers()
+    with started.open():
+        torch.testing.assert_close(answers(), expected, rtol=1e-6, atol=1e-6)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -19,7 +21,8 @@ SMS = Path(__file__).parents[1] / "../shared/data/sms_spam_tiny"
 
 
 def rows_of(labels: list[Any], texts: list[str] | None = None) -> Dataset:
-    return Dataset.from_dict({"text": texts or [f"text {n}" for n in range(len(labels))], "label": labels})
+    unlike = [f"{hashlib.sha1(str(n).encode()).hexdigest()[:16]} {n}" for n in range(len(labels))]
+    return Dataset.from_dict({"text": texts or unlike, "label": labels})
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int, *, multi_label: bool) -> tuple[Dataset, Dataset]:
@@ -48,6 +51,20 @@ def test_classes_are_held_out_in_proportion(fraction: float, sizes: dict[Any, in
     counts = Counter(held["label"])
     assert len(held) == round(fraction * len(rows))
     assert all(abs(counts[label] - fraction * size) < 1 for label, size in sizes.items())
+
+
+def test_almost_equal_texts_are_on_one_side() -> None:
+    chance = np.random.default_rng(0)
+    texts = ["".join(chance.choice(list("abcdefghijklmnopqrst "), 40)) for _ in range(60)]
+    rows = rows_of(["a", "b"] * 60, [text + end for text in texts for end in ("", "!!")])
+    _, held = hold_out(rows, 0.25, 0, multi_label=False)
+    assert len(held) == 30
+    assert {text.removesuffix("!!") for text in held["text"]} == {t for t in held["text"] if not t.endswith("!!")}
+
+
+def test_rows_of_one_template_do_not_all_stick_together() -> None:
+    rows = rows_of(["a", "b"] * 100, [f"please put song number {n} on my list of songs" for n in range(200)])
+    assert len(hold_out(rows, 0.2, 0, multi_label=False)[1]) == 40
 
 
 def test_the_seed_decides() -> None:

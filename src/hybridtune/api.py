@@ -18,6 +18,7 @@ from .console import Console
 from .data.reading import read
 from .errors import RecipeError, unknown
 from .files import disk_errors, write_json
+from .own_metrics import OwnMetrics
 from .progress import Progress, say_result, say_scores
 from .recipe import Recipe, Strategy
 from .run import Run, evaluate_run, export_run, rows_for_prediction
@@ -63,7 +64,8 @@ def tune(
     console = console or Console()
     asked = Recipe.make(recipe, **keys)
     task = tasks.of(asked)
-    metric, direction = _goal(asked, task, compute_metrics is not None)
+    own = OwnMetrics.load(asked.metrics, task)
+    metric, direction = _goal(asked, task, own, compute_metrics is not None)
     folder = folders.claim(asked, resume, overwrite)
 
     console.step(1, f"goal: {direction} {metric} of {asked.task}")
@@ -72,6 +74,7 @@ def tune(
     console.step(2, "data")
     notes = read.Notes()
     rows, about = prepare.rows_of(asked, task, console, notes)
+    own.try_out(task, rows["validation"])
     setting, lengths = prepare.setting_of(
         asked,
         task,
@@ -81,6 +84,7 @@ def tune(
         (*callbacks, Progress(console)),
         compute_metrics,
         folders.begun_in_bf16(folder) if resume else None,
+        own,
     )
     machine["bf16"] = str(setting.precision)
 
@@ -98,7 +102,7 @@ def tune(
         evaluation = _evaluate(setting, decision, rows, folder, console)
         report.write_report(folder)
     run = Run(folder, asked.device)
-    say_result(folder, evaluation, console)
+    say_result(folder, evaluation, task.inputs, console)
     if asked.push_to_hub:
         run.push_to_hub(asked.hub_model_id, asked.hub_private_repo, asked.hub_token)
     return run
@@ -113,11 +117,11 @@ def load(folder: str | Path, device: str = "auto") -> Run:
     return Run(Path(folder), device)
 
 
-def _goal(recipe: Recipe, task: Task, own_metrics: bool) -> tuple[str, str]:
+def _goal(recipe: Recipe, task: Task, own: OwnMetrics, computes: bool) -> tuple[str, str]:
     """The metric that decides, and whether more or less of it is better."""
     metric, way = recipe.goal.metric or task.metric, recipe.goal.direction
-    known = {**task.metrics, "loss": "minimize"}
-    if metric not in known and not own_metrics:
+    known = {**task.metrics, **own.directions, "loss": "minimize"}
+    if metric not in known and not computes:
         raise RecipeError(f"goal: {unknown('metric', metric, known)}", expected=", ".join(known))
     if recipe.goal.metric and known.get(metric, way) != way:
         raise RecipeError(f"goal: {way} {metric}", expected=f"{known[metric]}: {metric}")

@@ -14,6 +14,7 @@ from . import answer, checkpoint, predict
 from . import model as models
 from .errors import RunError
 from .files import read_json, write_text
+from .own_metrics import OwnMetrics
 from .select import Decision
 from .tasks import Stats, Task
 from .tasks.metrics import mean_and_spread
@@ -32,19 +33,21 @@ class Scores:
     predictions: list[dict[str, Any]]
 
 
-def score(predictor: predict.Predictor, rows: Dataset) -> Scores:
+def score(predictor: predict.Predictor, rows: Dataset, own: OwnMetrics | None = None) -> Scores:
     """Predicts labelled rows and scores them.
 
     Args:
         predictor: the tuned model.
         rows: with the task's columns, its target among them.
+        own: metrics of the user's own.
     """
     task = predictor.task
     items = task.encode(rows, predictor.tokenizer, predictor.limit)
     logits = predictor.logits(items)
     stats = task.row_stats(logits, items, rows)
-    intervals = {name: interval.as_dict() for name, interval in task.intervals(stats).items()}
-    return Scores(stats, intervals, task.decode(logits, items, rows))
+    predictions = task.decode(logits, items, rows)
+    found = task.intervals(stats) | (own.intervals(task, predictions, rows) if own else {})
+    return Scores(stats, {name: interval.as_dict() for name, interval in found.items()}, predictions)
 
 
 def evaluate(
@@ -66,8 +69,9 @@ def evaluate(
     for trial in (trial for candidate in decision.candidates for trial in candidate.trials):
         predictor = fit(_predictor(setting, trial), setting)
         key = trial.strategy, trial.seed
-        scores[key], fitted[key] = score(predictor, test), predictor.task
-    best = scores[decision.trial.strategy, decision.trial.seed]
+        scores[key], fitted[key] = score(predictor, test, setting.own_metrics), predictor.task
+    chosen = decision.trial.strategy, decision.trial.seed
+    best, task = scores[chosen], fitted[chosen]
     baselines = _baselines(setting, train, test) if with_baselines else []
     candidates = []
     for candidate in decision.candidates:
@@ -98,14 +102,14 @@ def evaluate(
         "goal": {"metric": decision.metric, "direction": decision.direction},
         "candidates": candidates,
         "baselines": baselines,
-        **setting.task.errors(best.stats, test, best.predictions),
+        **task.errors(best.stats, test, best.predictions),
         "warnings": [
             *sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
             *_doubts(setting, decision, best.metrics, baselines),
-            *fitted[decision.trial.strategy, decision.trial.seed].doubts,
+            *task.doubts,
         ],
     }
-    return evaluation, best, fitted[decision.trial.strategy, decision.trial.seed]
+    return evaluation, best, task
 
 
 def fit(predictor: predict.Predictor, setting: Setting) -> predict.Predictor:

@@ -226,7 +226,7 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
             'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n'
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
         )
-    example = {task.inputs[0]: "..."}
+    example = dict.fromkeys(task.inputs, "...")
     return f'import hybridtune\n\nrun = hybridtune.load("FOLDER")\nprint(run.predict([{example}]))\n'
 
 

@@ -39,7 +39,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     source: str
     new: tuple[str, ...]
-    auto_class: str
+    auto_class: str = ""
 
 
 def locate(name: str) -> str:

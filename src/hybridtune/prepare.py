@@ -10,19 +10,22 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from . import console as consoles
 from . import model as models
-from . import trial
+from . import survey, trial
 from .console import Console
 from .data import split
 from .data.checking import check
+from .data.checking.rows import as_text
+from .data.doubts.tokens import token_summary, unknown_characters
 from .data.reading import read
 from .data.reading.sources import same_files
 from .engine import precision
 from .errors import DataError, RecipeError
+from .own_metrics import NO_METRICS, OwnMetrics
 from .recipe import Recipe, Rule, Stage, Strategy, Training
 from .resolve import plan
 from .stage import arguments_of
@@ -33,6 +36,8 @@ _KINDS_OF_ROWS = {"datasets.Dataset", "datasets.DatasetDict", "pandas.DataFrame"
 _SPLITS = ("train", "validation", "test")
 _SHOWN_LABELS = 8
 _SHOWN_FILES = 3
+_SOME_ROWS = 2000
+MANY_UNKNOWN = 0.05
 
 
 def rows_of(
@@ -86,15 +91,25 @@ def rows_of(
             }
             for name, table in rows.items()
         },
+        "windowed": task.windowed,
         **task.profile(rows),
-        "findings": [finding.as_dict() for finding in findings],
     }
+    if recipe.data.survey:
+        near, more = survey.of_texts(task, rows)
+        findings, data = [*findings, *near], data | more
+    data["findings"] = [finding.as_dict() for finding in findings]
     console.line("  " + ", ".join(f"{name} {len(rows[name]):,} rows" for name in _SPLITS))
     _say_labels(data.get("labels", []), console)
+    if "languages" in data:
+        survey.say_languages(data["languages"], console)
+    _say_findings(findings, console)
+    return rows, data
+
+
+def _say_findings(findings: Sequence[check.Finding], console: Console) -> None:
     for finding in findings:
         say = console.warn if finding.level == "warning" else lambda text: console.line(f"  - {text}")
         say(f"{finding.split}: {finding.count} x {finding.kind}: {finding.did}")
-    return rows, data
 
 
 def _read(
@@ -210,6 +225,7 @@ def setting_of(
     callbacks: Sequence[TrainerCallback] = (),
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     begun: bool | None = None,
+    own: OwnMetrics | None = None,
 ) -> tuple[Setting, dict[str, Any]]:
     """Loads the model once, to plan every candidate on it and to cut the rows into what tokens they leave room for.
 
@@ -218,6 +234,7 @@ def setting_of(
         console: is told of the model and of rows that do not fit it.
         callbacks, compute_metrics: the user's own.
         begun: of a resumed run, whether it was begun in bf16.
+        own: metrics of the user's own.
 
     Returns:
         What all trials share, and what data.json says of the rows' lengths.
@@ -236,8 +253,7 @@ def setting_of(
     taken = max(one.positions for one in plans)
     limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length, taken)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
-    lengths = {name: check.length_summary(np.asarray(table["length"][:]), limit) for name, table in encoded.items()}
-    unknown = {name: sum(table["unknown"][:]) / max(sum(table["length"][:]), 1) for name, table in encoded.items()}
+    lengths = {name: _lengths(table, limit) for name, table in encoded.items()}
     size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
     depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in start.assembly.anatomy.depth.items())
     console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")
@@ -253,11 +269,10 @@ def setting_of(
                 console.line(f"  - {said}: read in several windows")
             else:
                 console.warn(f"{said} and are cut there")
-    targets = _target_lengths(task, limit, encoded, console)
-    for name, share in unknown.items():
-        if share > 0.05:
+        if summary["unknown_share"] > MANY_UNKNOWN:
             console.warn(
-                f"{name}: {share:.0%} of the tokens are unknown to this tokenizer: choose a model for this language"
+                f"{name}: {summary['unknown_share']:.0%} of the tokens are unknown to this tokenizer, most often "
+                f"{_strange(task, rows[name], loaded.tokenizer)}: choose a model for this language"
             )
     shared = Setting(
         recipe,
@@ -269,10 +284,49 @@ def setting_of(
         limit,
         plans,
         chosen,
+        own or NO_METRICS,
         callbacks,
         compute_metrics,
     )
-    return shared, {"lengths": lengths, "unknown_tokens": unknown, **targets}
+    told = {"lengths": lengths, **_target_lengths(task, limit, encoded, console)}
+    return shared, told | _doubts(recipe, task, loaded, rows, encoded, console) if recipe.data.survey else told
+
+
+def _lengths(items: Dataset, limit: int) -> dict[str, Any]:
+    """Of rows in tokens; of a row's windows, the first carries what is known of it."""
+    first = np.diff(items["row"][:], prepend=-1) > 0 if "row" in items.column_names else slice(None)
+    return token_summary(np.asarray(items["length"][:])[first], np.asarray(items["unknown"][:])[first], limit)
+
+
+def _strange(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The characters that are most often unknown."""
+    some = rows.select(range(min(len(rows), _SOME_ROWS)))
+    texts = (as_text(value) for name in task.inputs for value in some[name][:])
+    ids = tokenizer.unk_token_id
+    found = unknown_characters(texts, lambda character: ids in tokenizer(character)["input_ids"])
+    return " ".join(character for character, _ in found.most_common(_SHOWN_LABELS)) or "whole words"
+
+
+def _doubts(
+    recipe: Recipe,
+    task: Task,
+    loaded: models.Loaded,
+    rows: dict[str, Dataset],
+    items: dict[str, Dataset],
+    console: Console,
+) -> dict[str, Any]:
+    """What features of the frozen model say of the data, for data.json."""
+    seed = recipe.all_seeds()[0]
+    loaded.model.to(models.pick_device(recipe.device))  # type: ignore[arg-type]
+    found = survey.features(task, loaded, rows, items, seed)
+    if isinstance(found, str):
+        if task.pooled:
+            console.line(f"  labels and amount of data are not looked at: {found}")
+        return {"curve": None, "not_looked_at": found}
+    findings, curve = survey.of_features(task, found, seed)
+    _say_findings(findings, console)
+    console.line(f"  enough data? {curve.verdict} ({curve.metric}, linear model on frozen features)")
+    return {"curve": curve.as_dict(), "doubts": [finding.as_dict() for finding in findings]}
 
 
 def _target_lengths(task: Task, limit: int, encoded: dict[str, Dataset], console: Console) -> dict[str, Any]:
@@ -280,12 +334,20 @@ def _target_lengths(task: Task, limit: int, encoded: dict[str, Dataset], console
     most = task.target_limit(limit)
     if most is None:
         return {}
-    found = {name: check.length_summary(np.asarray(table["target_length"][:]), most) for name, table in encoded.items()}
+    found = {
+        name: token_summary(np.asarray(table["target_length"][:]), np.asarray(table["target_unknown"][:]), most)
+        for name, table in encoded.items()
+    }
     for name, summary in found.items():
         if summary["truncated"]:
             console.warn(
                 f"{name}: {summary['truncated']} targets are longer than {most} tokens, the longest {summary['max']}: "
                 "the model learns no more of them, and writes no more; raise max_new_tokens where it should"
+            )
+        if summary["unknown_share"] > MANY_UNKNOWN:
+            console.warn(
+                f"{name}: {summary['unknown_share']:.0%} of the targets' tokens are unknown to this tokenizer, and can "
+                "not be written: choose a model for this language"
             )
     return {"target_lengths": found}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,10 @@ def say_scores(evaluation: dict[str, Any], metric: str, console: Console) -> Non
         console.warn(warning)
 
 
-def say_result(run: Path, evaluation: dict[str, Any], console: Console) -> None:
+def say_result(run: Path, evaluation: dict[str, Any], inputs: Sequence[str], console: Console) -> None:
     """Where the model and the report are, and what to try."""
     console.line(f"\n  model   {run / 'model'} ({evaluation['model_kind']})")
     console.line(f"  report  {run / 'report.html'}")
-    console.line(f'  try     hybridtune predict {run} "..."')
+    # A row of several columns is no text that could be typed.
+    rows = '"..."' if len(inputs) == 1 else f"--input rows.jsonl   (with the columns {', '.join(inputs)})"
+    console.line(f"  try     hybridtune predict {run} {rows}")

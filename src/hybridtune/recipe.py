@@ -175,6 +175,7 @@ class Data(Keys):
     validation: Any = None
     test: Any = None
     columns: dict[str, str] = Field(default_factory=dict)
+    survey: bool = True
     on_bad_row: Literal["refuse", "skip"] = "refuse"
 
 
@@ -237,6 +238,7 @@ class Recipe(Training):
     max_length: int | None = Field(None, gt=0)
     template: str | None = None
     multi_label: bool | None = None
+    metrics: str | list[str] | None = None
     abstain: Abstain | None = None
     doc_stride: int | None = Field(None, gt=0)
     max_answer_length: int | None = Field(None, gt=0)

@@ -28,6 +28,7 @@ from .engine.precision import Choice
 from .errors import TrainingError
 from .files import read_json, write_json
 from .memory import PeakMemory
+from .own_metrics import NO_METRICS, OwnMetrics
 from .recipe import Recipe, Strategy
 from .resolve import Plan
 from .stage import METRICS, SPEED
@@ -52,7 +53,7 @@ class Setting:
         limit: rows are cut after that many tokens.
         plans: every candidate with every value, tried on the model.
         precision: what is computed in.
-        callbacks, compute_metrics: the user's own.
+        own_metrics, callbacks, compute_metrics: the user's own.
         caches: what frozen layers give the rows.
     """
 
@@ -65,6 +66,7 @@ class Setting:
     limit: int
     plans: Sequence[Plan]
     precision: Choice
+    own_metrics: OwnMetrics = NO_METRICS
     callbacks: Sequence[TrainerCallback] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     caches: Caches = field(default_factory=Caches)
@@ -72,7 +74,8 @@ class Setting:
     @property
     def direction(self) -> str:
         """maximize or minimize."""
-        return "minimize" if self.recipe.goal.minimize else self.task.metrics.get(self.metric, "maximize")
+        known = {"loss": "minimize", **self.task.metrics, **self.own_metrics.directions}
+        return "minimize" if self.recipe.goal.minimize else known.get(self.metric, "maximize")
 
     def load(self) -> Start:
         """Loads the model afresh, made ready for the task."""
@@ -240,7 +243,10 @@ def _metrics(setting: Setting, order: np.ndarray) -> Callable[[EvalPrediction], 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         answers = dict(zip(order.tolist(), prediction.predictions, strict=True))
         logits = [answers[item][: lengths[item]] if task.per_token else answers[item] for item in range(len(order))]
-        found = task.aggregate(task.row_stats(logits, setting.validation, setting.validation_rows))
+        items, rows = setting.validation, setting.validation_rows
+        found = task.aggregate(task.row_stats(logits, items, rows))
+        if setting.own_metrics.functions:
+            found |= setting.own_metrics.measure(task, task.decode(logits, items, rows), rows)
         return found | (setting.compute_metrics(prediction) if setting.compute_metrics else {})
 
     return compute
@@ -259,6 +265,8 @@ def _measure(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> Callable[[
     def measure(model: PreTrainedModel) -> dict[str, float]:
         written = answer.answers(model, task, items, tokenizer, size)
         found = task.aggregate(task.row_stats(written, items, rows))
+        if setting.own_metrics.functions:
+            found |= setting.own_metrics.measure(task, task.decode(written, items, rows), rows)
         if setting.compute_metrics is None:
             return found
         pad = tokenizer.pad_token_id

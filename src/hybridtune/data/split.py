@@ -10,9 +10,11 @@ import pandas as pd
 from datasets import Dataset
 
 from ..errors import DataError
-from .checking.rows import text_keys
+from .checking.rows import as_text, text_keys
+from .doubts.near import MOST_ROWS, clusters
 
 MIN_ROWS = 10
+FEW_TWINS, MANY_TWINS = 5, 0.01  # a group of more rows than both, and than this share of all, is a template
 
 
 def hold_out(
@@ -36,8 +38,8 @@ def hold_out(
             given.
 
     Returns:
-        What is kept and what is held out, both in the order of `rows`. Rows with equal texts are on one side, and a
-        stratum of two rows or more keeps at least one.
+        What is kept and what is held out, both in the order of `rows`. Rows with equal or almost equal texts
+        are on one side, and a stratum of two rows or more keeps at least one.
 
     Raises:
         DataError: there are too few rows.
@@ -95,8 +97,7 @@ def _groups(
     rows: Dataset, texts: Sequence[str], strata: Sequence[Hashable] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns of each row the group with its texts, and of each group its size and the stratum of its first row."""
-    keys, _, _ = text_keys(rows, texts)
-    group, _ = pd.factorize(keys)
+    group = _twins(rows, texts)
     sizes = np.bincount(group)
     if strata is None:
         return group, sizes, np.zeros(len(sizes), np.int64)
@@ -105,6 +106,21 @@ def _groups(
     first = np.empty(len(sizes), np.int64)
     first[group[::-1]] = np.arange(len(rows))[::-1]
     return group, sizes, of_row[first]
+
+
+def _twins(rows: Dataset, texts: Sequence[str]) -> np.ndarray:
+    """Returns of each row the group of those that are equal or almost equal to it.
+
+    Rows of one template can be linked to groups that no part has room for: there only equal ones stay together.
+    """
+    keys, _, _ = text_keys(rows, texts)
+    equal: np.ndarray = pd.factorize(keys)[0]
+    if len(rows) > MOST_ROWS:
+        return equal
+    near = clusters([tuple(map(as_text, values)) for values in zip(*(rows[name][:] for name in texts), strict=True)])
+    large = np.bincount(near)[near] > max(FEW_TWINS, MANY_TWINS * len(rows))
+    group: np.ndarray = pd.factorize(np.where(large, equal + len(rows), near))[0]
+    return group
 
 
 def _by_stratum(stratum: np.ndarray) -> list[np.ndarray]:

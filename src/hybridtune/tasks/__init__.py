@@ -10,7 +10,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .metrics import Interval
 
 Stats = dict[str, np.ndarray]
+Kind = Literal["classes", "labels", "values"]
 Logits = Sequence[np.ndarray]  # an array an item
 
 _NO_TASKS = {"baselines", "metrics"}  # what the tasks share, and what begins with an underscore
@@ -51,11 +52,13 @@ class Task(ABC):
         required: those that rows must have.
         inputs: those that the model reads.
         target: the column that holds what is to be predicted.
+        answer: the key of a prediction that is compared with it.
         metrics: name -> "maximize" or "minimize"; the first is the task's own.
         hints: the names that the user's own columns have.
         per_token: whether logits have a place for every token, [tokens, ...] an item.
         windowed: whether rows longer than the model can take are read in several windows, and not cut.
-        pooled: whether a row's mean hidden state says something of its target, as baselines on frozen features need.
+        pooled: whether a row's mean hidden state says something of its target, as baselines on frozen features need:
+            then there are `joined`, `judged` and `told` too.
         writes: whether a model answers with a text, token by token: then `logits` below are the tokens that it wrote.
         generate_on: on how many validation rows it writes during training, where it writes; None means all.
     """
@@ -68,6 +71,7 @@ class Task(ABC):
     required: tuple[str, ...]
     inputs: tuple[str, ...]
     target: ClassVar[str]
+    answer: ClassVar[str]
     metrics: dict[str, str]
     hints: dict[str, str]
     per_token: ClassVar[bool] = False
@@ -194,6 +198,19 @@ class Task(ABC):
             test: rows to predict.
             features: frozen ones of both, float32 [rows, width], where the task is `pooled`.
         """
+
+    def joined(self, rows: Dataset) -> list[str]:
+        """Each row as one text."""
+        raise NotImplementedError
+
+    def judged(self, rows: Dataset) -> tuple[Kind, np.ndarray]:
+        """What the doubtful targets are looked for in: "classes" [rows], "labels" (0 and 1, [rows, labels]) or "values"
+        [rows]."""
+        raise NotImplementedError
+
+    def told(self, target: Any) -> Any:
+        """One of `judged` as the user knows it."""
+        raise NotImplementedError
 
     @abstractmethod
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:

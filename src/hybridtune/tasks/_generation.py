@@ -45,6 +45,7 @@ class WritingTask(tasks.Task):
     auto_class = "AutoModelForSeq2SeqLM"  # of a decoder alone see `model.load`
     peft_type = "SEQ_2_SEQ_LM"
     writes = True
+    answer = "text"
     keys: tuple[str, ...] = ("template", "generate_on", *_writing.SETTINGS)
     target: ClassVar[str]
 
@@ -121,11 +122,11 @@ class WritingTask(tasks.Task):
         columns: dict[str, Any] = {"input_ids": given, "length": [length + limit - room for length in lengths]}
         columns["unknown"] = unknown
         if self.target in rows.column_names:
-            written, columns["target_length"] = prompts.written(_texts(rows, self.target), longest)
-            columns["labels"] = written
+            found = prompts.written(_texts(rows, self.target), longest)
+            columns |= dict(zip(("labels", "target_length", "target_unknown"), found, strict=True))
         if not self.encoder_decoder:
             columns["prompt"] = [len(ids) for ids in given]
-            if "labels" in columns:
+            if written := columns.get("labels"):
                 columns["input_ids"] = [a + b for a, b in zip(given, written, strict=True)]
                 columns["labels"] = [[IGNORED] * len(a) + b for a, b in zip(given, written, strict=True)]
         columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
+from ._texts import count_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,29 +81,26 @@ class Prompts:
             For each text its tokens, their number before it was cut, and how many of them are unknown.
         """
         full = self._tokens(texts)
-        unknown = self.tokenizer.unk_token_id
         return (
             [ids if len(ids) <= room else self._cut(text, ids, room) for text, ids in zip(texts, full, strict=True)],
             [len(ids) for ids in full],
-            [ids.count(unknown) if unknown is not None else 0 for ids in full],
+            count_unknown(full, self.tokenizer),
         )
 
-    def written(self, texts: Sequence[str], room: int) -> tuple[list[list[int]], list[int]]:
+    def written(self, texts: Sequence[str], room: int) -> tuple[list[list[int]], list[int], list[int]]:
         """Tokens of what is to be written. It ends with `end`, but for a text that is cut: that does not end there.
 
         Returns:
-            For each text its tokens, and their number before it was cut.
+            For each text its tokens, their number before it was cut, and how many of them are unknown.
         """
-        end, found, lengths = self.end, [], []
-        for ids in self._plain(texts, None):
-            whole = ids if end in ids else [*ids, end]
-            found.append(whole)
-            lengths.append(len(whole))
+        end = self.end
+        found = [ids if end in ids else [*ids, end] for ids in self._plain(texts, None)]
+        lengths, unknown = [len(ids) for ids in found], count_unknown(found, self.tokenizer)
         long = [at for at, length in enumerate(lengths) if length > room]
         if long:
             for at, ids in zip(long, self._plain([texts[at] for at in long], room), strict=True):
                 found[at] = ids[:-1] if ids[-1] == end else ids
-        return found, lengths
+        return found, lengths, unknown
 
     def _plain(self, texts: Sequence[str], room: int | None) -> list[list[int]]:
         """Tokens of what is to be written, as the tokenizer gives them; cut where they are more than there is room."""

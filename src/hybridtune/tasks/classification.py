@@ -11,7 +11,7 @@ from datasets import Dataset
 from ..data.checking import check
 from ..data.checking.labels import label_lists, separators_of
 from ..errors import DataError, RecipeError, unknown
-from . import Logits, Stats, baselines, metrics
+from . import Kind, Logits, Stats, baselines, metrics
 from ._texts import TextTask, regresses
 from .metrics import Interval
 
@@ -37,6 +37,7 @@ class Task(TextTask):
     """
 
     name = "classification"
+    answer = "label"
     keys = (*TextTask.keys, "multi_label", "class_weight", "abstain")
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         **TextTask.columns,
@@ -181,6 +182,14 @@ class Task(TextTask):
                 mend="correct the row, or tune with rows of that label",
             )
         return same[0]
+
+    def judged(self, rows: Dataset) -> tuple[Kind, np.ndarray]:
+        """Numbers of the labels."""
+        return ("labels", self._multi_hot(rows)) if self.multi_label else ("classes", self._indices(rows))
+
+    def told(self, target: Any) -> Any:
+        """Names of the labels."""
+        return [self.labels[at] for at in target] if self.multi_label else self.labels[target]
 
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None

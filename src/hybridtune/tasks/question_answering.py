@@ -61,6 +61,7 @@ class Task(tasks.Task):
     required: tuple[str, ...] = ("question", "context", "answers")
     inputs: tuple[str, ...] = ("question", "context")
     target: ClassVar[str] = "answers"
+    answer = "answer"
     per_token = True
 
     def __init__(

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..data.checking import check
 from ..errors import DataError
-from . import Logits, Stats, baselines, metrics
+from . import Kind, Logits, Stats, baselines, metrics
 from ._texts import TextTask, regresses
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Task(TextTask):
     """
 
     name = "regression"
+    answer = "value"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         **TextTask.columns,
         "label": ("labels", "score", "target", "value", "rating", "stars", "similarity_score", "y"),
@@ -110,6 +111,14 @@ class Task(TextTask):
     def targets(self, rows: Dataset) -> np.ndarray:
         """Targets in units of their spread, [rows, numbers]."""
         return ((self.numbers(rows) - self.mean) / self.spread).astype(np.float32)
+
+    def judged(self, rows: Dataset) -> tuple[Kind, np.ndarray]:
+        """The targets, of several numbers a row the first."""
+        return "values", self.numbers(rows)[:, 0]
+
+    def told(self, target: Any) -> Any:
+        """The number."""
+        return round(float(target), 4)
 
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None

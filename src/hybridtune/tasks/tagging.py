@@ -56,6 +56,7 @@ class Task(tasks.Task):
         "spans": ("entities", "annotations"),
     }
     target: ClassVar[str] = "tags"
+    answer = "tags"
     per_token = True
 
     def __init__(

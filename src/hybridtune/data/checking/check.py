@@ -6,8 +6,6 @@ where a leak would make it worth nothing (validation rows that stand in test). W
 
 from __future__ import annotations
 
-import numpy as np
-
 from .classification import check_classification
 from .findings import Finding
 from .labels import label_names, label_table, split_labels
@@ -27,20 +25,5 @@ __all__ = [
     "check_translation",
     "label_names",
     "label_table",
-    "length_summary",
     "split_labels",
 ]
-
-
-def length_summary(lengths: np.ndarray, limit: int) -> dict[str, int]:
-    """Returns how long the rows are, in the unit of `lengths`, and how many are longer than `limit`."""
-    lengths = np.asarray(lengths)
-    if not lengths.size:
-        return {"median": 0, "p95": 0, "max": 0, "limit": int(limit), "truncated": 0}
-    return {
-        "median": round(float(np.median(lengths))),
-        "p95": round(float(np.percentile(lengths, 95))),
-        "max": int(lengths.max()),
-        "limit": int(limit),
-        "truncated": int((lengths > limit).sum()),
-    }
