@@ -223,6 +223,10 @@ def test_every_way_of_tuning_writes_the_same_when_loaded_again(strategy: Any, na
     again = hybridtune.load(run.folder / "model").predict([row["source"] for row in DATA["test"][:8]])
     assert [line["text"] for line in lines] == [one["text"] for one in again]
     assert run.evaluation["model_difference"] == 0
+    changed = json.loads(next((run.folder / "stages").glob("*/manifest.json")).read_text())["changed"]
+    if strategy in ("lora", "prompt", "prefix"):  # the table of words is none that is new
+        assert changed == []
+        assert run.evaluation["model_kind"] == ("adapter" if strategy == "lora" else "delta")
     assert json.loads((run.folder / "model" / "generation_config.json").read_text())["max_new_tokens"] == 10
 
 

@@ -26,7 +26,7 @@ from .data.reading.sources import same_files
 from .engine import precision
 from .errors import DataError, RecipeError
 from .own_metrics import NO_METRICS, OwnMetrics
-from .recipe import Recipe, Rule, Stage, Strategy, Training
+from .recipe import Recipe, Rule, Stage, Strategy, Training, without_heads
 from .resolve import plan
 from .stage import arguments_of
 from .tasks import Task
@@ -249,7 +249,8 @@ def setting_of(
     loaded = start.loaded
     training = Training(**{key: getattr(recipe, key) for key in Training.model_fields})
     width = models.width(loaded.model)
-    plans = [plan(strategy, training, start.assembly, width) for strategy in recipe.strategies()]
+    candidates = [without_heads(one) if task.writes else one for one in recipe.strategies()]
+    plans = [plan(strategy, training, start.assembly, width) for strategy in candidates]
     taken = max(one.positions for one in plans)
     limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length, taken)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}

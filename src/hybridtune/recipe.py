@@ -336,6 +336,21 @@ def built_in_strategies() -> list[str]:
     )
 
 
+def without_heads(strategy: Strategy) -> Strategy:
+    """A built-in strategy for a model that writes; others stay as they are.
+
+    Its head is no new one, as a classifier's is, but the pretrained table of all words, often that of the embeddings
+    too: a rule for the head is left out where its stage has other rules.
+    """
+    if strategy.name not in built_in_strategies():
+        return strategy
+    stages = [
+        stage.model_copy(update={"rules": [rule for rule in stage.rules if rule.part != "head"] or stage.rules})
+        for stage in strategy.stages
+    ]
+    return strategy.model_copy(update={"stages": stages})
+
+
 def load_strategy(name: str) -> Strategy:
     """Reads a strategy by its name, or from a YAML file.
 
