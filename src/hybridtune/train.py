@@ -400,10 +400,15 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             staging.thin_out(folder, 1, {best})
 
     @property
+    def _task(self) -> tasks.Task | None:
+        """The task whose loss is computed."""
+        task = getattr(self.compute_loss_func, "__self__", None)
+        return task if isinstance(task, tasks.Task) else None
+
+    @property
     def _exact(self) -> bool:
         """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
-        func = self.compute_loss_func
-        return func == self._token_loss or isinstance(getattr(func, "__self__", None), tasks.Task)
+        return self.compute_loss_func == self._token_loss or self._task is not None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -417,6 +422,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self._task is not None and "labels" not in batches[0]:
+            batches = [self._task.with_labels(batch) for batch in batches]
+            items = self._get_num_items_in_batch(batches, device)
         rows = self._own_rows()
         if not batches or rows is None or not self._exact or not is_rows(batches[-1]):
             return batches, items
@@ -525,6 +533,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
         self._try_vocabulary(inputs)
+        if self._task is not None:
+            inputs = self._task.with_labels(inputs)
         if self.vocabulary is None or self.compute_loss_func != self._token_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = self.vocabulary.complete(inputs)
@@ -798,5 +808,9 @@ def _read(strategy: Any) -> Strategy:
 
 def _exact_loss(model: nn.Module) -> Any:
     """The loss of the whole global batch for a model whose task we know, or None: Trainer's own."""
-    task = tasks.for_model(model)
-    return task().loss if task else None
+    found = tasks.for_model(model)
+    if found is None:
+        return None
+    task = found()
+    task.ready(model)
+    return task.loss

@@ -127,6 +127,13 @@ class Task(ABC):
         found: torch.Tensor = output if hasattr(output, "shape") else output[0]
         return found
 
+    def ready(self, model: PreTrainedModel) -> None:  # noqa: B027
+        """Makes a model give what `loss` takes, where it does not by itself."""
+
+    def with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as `loss` wants it, where transformers' models call the labels otherwise."""
+        return batch
+
     @abstractmethod
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
