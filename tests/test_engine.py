@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
-from hybridtune.engine import Caches, dropout, lora
+from hybridtune.engine import Caches, dropout, lora, sample
 from hybridtune.engine.layout import CALL, Layout
 from hybridtune.engine.seam import Seam
 from hybridtune.layers import find_stacks
@@ -279,19 +279,19 @@ def test_a_model_that_gives_other_logits_is_left_alone() -> None:
     """One whose layers look at the neighbours: packed, the neighbour may be another row's."""
     model = shaken(tiny.classifier("bert"))
     model.bert.encoder.layer[1].output.register_forward_hook(lambda module, args, out: out + out.roll(1, dims=1))
-    found = engine.start(model, engine.sample(padded()))
+    found = engine.start(model, sample.of_batch(padded()))
     assert not found.on
     assert "its logits would be others" in found.reason
 
 
 def test_random_layers_are_no_case_for_it() -> None:
     model = shaken(tiny.classifier("bart", encoder_layerdrop=0.1))
-    assert engine.start(model, engine.sample(padded())).reason == "it leaves out layers at random (encoder_layerdrop)"
+    assert engine.start(model, sample.of_batch(padded())).reason == "it leaves out layers at random (encoder_layerdrop)"
 
 
 def test_rows_of_one_length_are_no_sample() -> None:
-    assert engine.sample(padded(lengths=(5, 5, 5))) is None
-    rows = engine.sample(padded())
+    assert sample.of_batch(padded(lengths=(5, 5, 5))) is None
+    rows = sample.of_batch(padded())
     assert rows is not None
     assert sorted(rows["attention_mask"].sum(1).tolist())[::3] == [3, 12]
     with warnings.catch_warnings():
@@ -478,7 +478,7 @@ def test_a_method_of_others_is_put_back() -> None:
     layer.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
     before = vars(layer)["forward"]
     seam = seam_of(model.requires_grad_(False))
-    seam.frozen = engine.start(model, engine.sample(padded()), Caches()).seam.frozen  # type: ignore[union-attr, arg-type]
+    seam.frozen = engine.start(model, sample.of_batch(padded()), Caches()).seam.frozen  # type: ignore[union-attr, arg-type]
     with seam.open():
         assert layer.forward is not before
     assert vars(layer)["forward"] is before

@@ -38,7 +38,7 @@ from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
-from .engine import Caches, Engine, vocabulary
+from .engine import Caches, Engine, sample, vocabulary
 from .engine.microbatch import by_length, is_rows
 from .engine.precision import Casts
 from .engine.vocabulary import Vocabulary
@@ -156,8 +156,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.engine: Engine | None = None  # not tried yet on the model as it is
-        self.vocabulary: Vocabulary | None = None  # likewise
+        self._forget_engine()
         self._engine_asked = engine
         self._caches = caches or Caches()
         self._casts: Casts | None = None  # of the stage that runs under autocast
@@ -244,6 +243,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     ) -> TrainOutput:
         """Runs the stages of the strategy one after the other; without a strategy, trains as Trainer does."""
         if self.strategy is None:
+            self._forget_engine()
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         assert self.assembly is not None
         first, begun = self._resume_at(resume_from_checkpoint)
@@ -354,7 +354,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if self.composition.rotations:
             self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
         self._train_batch_size = self.args.train_batch_size
-        self.restored_step = self.engine = self.vocabulary = None
+        self.restored_step = None
+        self._forget_engine()
         self.compute_loss_func = self._loss_asked
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
@@ -504,17 +505,59 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         assert self.vocabulary is not None
         return self.vocabulary.loss(outputs, labels, num_items_in_batch)
 
+    def _forget_engine(self) -> None:
+        """Nothing has been tried on the model as it is now."""
+        self.engine: Engine | None = None
+        self.vocabulary: Vocabulary | None = None
+        self._tried_on_data = False
+
+    def _try_on_data(self) -> None:
+        """Tries engine and loss on rows of the training data, before a checkpoint is loaded or a batch is seen.
+
+        What comes of it is then the same wherever a training goes on. Rows that cannot be had by number are left to the
+        first batch.
+        """
+        if self._tried_on_data:
+            return
+        self._tried_on_data = True
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        rows = sample.of_dataset(self.train_dataset, collate)
+        if rows is not None:
+            self._try_vocabulary(rows)
+            self._try_engine(rows)
+
     def _try_vocabulary(self, inputs: Any) -> None:
         """Goes back to Trainer's loss, and says so, where a few rows show that a model's own is another than ours."""
-        known = self.vocabulary is not None and self.vocabulary.model is self.model
-        head = None if known or self.compute_loss_func != self._token_loss else vocabulary.head_of(self.model)
+        head = vocabulary.head_of(self.model) if self.compute_loss_func == self._token_loss else None
         if head is None:
             return
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
         if not self.vocabulary.on:
             self.compute_loss_func = None
             warnings.warn(f"engine: logits of all tokens at once: {self.vocabulary.reason}", stacklevel=2)
+
+    def _try_engine(self, inputs: Any) -> None:
+        """Has a few rows of different lengths show whether the model can run without padding."""
+        if self._engine_asked == "off":
+            self.engine = Engine(None, "engine: off")
+            return
+        if self._sharded:
+            self.engine = Engine(None, f"not under {self._sharded} yet")
+            warnings.warn(f"engine: {self.engine}", stacklevel=2)
+            return
+        rows = sample.of_batch(dict(inputs))
+        if rows is None:
+            return
+        try:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept)
+        except RuntimeError as error:
+            if not guard.is_out_of_memory(error):
+                raise
+            self.engine = Engine(None, "memory does not suffice to try it")
+        if self.engine.reason:
+            warnings.warn(f"engine: {self.engine}", stacklevel=2)
 
     def compute_loss(
         self,
@@ -524,7 +567,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
-        self._try_vocabulary(inputs)
+        if self.vocabulary is None:
+            self._try_vocabulary(inputs)
         if self.vocabulary is None or self.compute_loss_func != self._token_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = self.vocabulary.complete(inputs)
@@ -533,24 +577,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
-        """Runs rows without padding, once a few rows of different lengths have shown that the model allows it."""
-        if inputs.get("labels") is not None:
-            self._try_vocabulary(inputs)
-        if self.engine is None and self._engine_asked == "off":
-            self.engine = Engine(None, "engine: off")
-        if self.engine is None and self._sharded:
-            self.engine = Engine(None, f"not under {self._sharded} yet")
-            warnings.warn(f"engine: {self.engine}", stacklevel=2)
-        rows = engine.sample(dict(inputs)) if self.engine is None else None
-        if rows is not None:
-            try:
-                with self.compute_loss_context_manager(), self.accelerator.autocast():
-                    self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept)
-            except RuntimeError as error:
-                if not guard.is_out_of_memory(error):
-                    raise
-            if self.engine and self.engine.reason:
-                warnings.warn(f"engine: {self.engine}", stacklevel=2)
+        """Runs rows without padding, where the model has shown, at the latest on these, that it gives the same so."""
+        if self.engine is None:
+            self._try_engine(inputs)
         with (
             self.engine.open(self._casts) if self.engine else nullcontext(),
             self._casts.open() if self._casts else nullcontext(),
@@ -707,6 +736,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         trial: Any,
     ) -> tuple[int, int]:
         """Finds the best checkpoint also where the folder was moved, and trains no more where training had ended."""
+        self._try_on_data()
         epochs, steps = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -740,6 +770,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads what `_save` has written."""
+        self._try_on_data()
         if self.assembly is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:

@@ -12,18 +12,15 @@ import torch
 from torch import nn
 
 from ..layers import find_stacks
-from ..model import fingerprint
 from . import dropout, lora
 from .frozen import Caches as Caches
-from .frozen import Frozen, in_evaluation
+from .frozen import Frozen, Weights, in_evaluation
 from .frozen import depth as lowest_trained
-from .microbatch import is_rows
 from .precision import Casts, autocast_type
 from .seam import Seam
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 COARSE = 5e-2  # of half precision
-SAMPLE = 4  # rows
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -68,22 +65,12 @@ class Engine:
         return self.seam is not None
 
 
-def sample(batch: dict[str, Any]) -> dict[str, Any] | None:
-    """A few rows of a batch, the shortest and the longest among them; None where all have one length or are no rows."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or bool(mask.all()) or not is_rows(batch):
-        return None
-    ranked = mask.sum(1).argsort(stable=True)
-    chosen = ranked[torch.linspace(0, len(ranked) - 1, min(SAMPLE, len(ranked))).long().to(ranked.device)]
-    return {key: value[chosen] for key, value in batch.items()}
-
-
 def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None) -> Engine:
     """Builds the engine of a model, and has it prove itself: logits of a few rows, packed against padded.
 
     Args:
         model: with all that is on it, and with gradients required where it is trained.
-        batch: a `sample` of the user's rows, on the model's device.
+        batch: a few rows of several lengths (see `sample`), on the model's device.
         caches: where hidden states below the lowest trained layer are kept; None where they are not.
     """
     modules = tuple(model.modules())
@@ -121,10 +108,11 @@ def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches)
         return None
     over = {module for layer in seam.stacks[0].layers[depth:] for module in layer.modules()}
     above = {id(one) for module in over for one in module.parameters(recurse=False)}
-    named = dict(model.named_parameters())
-    below = [name for name, one in named.items() if id(one) not in above and not one.requires_grad]
+    weights = Weights(
+        {name: one for name, one in model.named_parameters() if id(one) not in above and not one.requires_grad}
+    )
     told = [
-        fingerprint(model, named.keys() - set(below)),
+        weights.fingerprint,
         *(
             f"{name} {module.scaling}"
             for name, module in model.named_modules()
@@ -132,7 +120,7 @@ def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches)
         ),
         f"{depth} {autocast_type(batch['attention_mask'].device)}",
     ]
-    return Frozen(depth, modules, caches.of("\n".join(told)), tensors=tuple(named[name] for name in below))
+    return Frozen(depth, modules, caches.of("\n".join(told)), weights=weights)
 
 
 def _check(engine: Engine, batch: dict[str, Any], padded: torch.Tensor) -> str:

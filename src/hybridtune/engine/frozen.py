@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model import digest_of
 from .microbatch import is_row
 from .store import Limits, Store
 
@@ -37,6 +38,45 @@ class Caches:
         return self._stores.setdefault(fingerprint, Store(self.limits))
 
 
+class Weights:
+    """Tensors that are to stay as they are, watched.
+
+    Args:
+        tensors: by their names.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._written = {name: _written(tensor) for name, tensor in tensors.items()}
+        self._digests = {name: digest_of([(name, tensor)]) for name, tensor in tensors.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal only for equal tensors of equal types."""
+        return "\n".join(f"{self._tensors[name].dtype} {digest}" for name, digest in self._digests.items())
+
+    @property
+    def hold(self) -> bool:
+        """Whether they are what they were, and none is trained.
+
+        What was written since is compared: a checkpoint that is loaded writes the same numbers once more.
+        """
+        for name, tensor in self._tensors.items():
+            if tensor.requires_grad:
+                return False
+            written = _written(tensor)
+            if written != self._written[name]:
+                if digest_of([(name, tensor)]) != self._digests[name]:
+                    return False
+                self._written[name] = written
+        return True
+
+
+def _written(tensor: torch.Tensor) -> tuple[int, int]:
+    """Another pair after every write."""
+    return tensor.data_ptr(), tensor._version
+
+
 @dataclass
 class Frozen:
     """The part of a model below its lowest trained layer.
@@ -45,27 +85,16 @@ class Frozen:
         depth: how many layers of the first stack lie in it; all of them where only what follows is trained.
         modules: what runs in it, the embeddings too.
         store: hidden states that it has given.
-        tensors: its weights.
         steady: whether a row's do not depend on the rows that it is computed with, to the last bit. Where they do, rows
             are computed one by one: a training that goes on after an interruption computes them with others.
+        weights: what it is computed with.
     """
 
     depth: int
     modules: tuple[nn.Module, ...]
     store: Store
     steady: bool = True
-    tensors: tuple[nn.Parameter, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._state = self._now()
-
-    def _now(self) -> list[tuple[int, int, bool]]:
-        return [(tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in self.tensors]
-
-    @property
-    def holds(self) -> bool:
-        """Whether its weights are still those that it was found with, and none is trained."""
-        return self._state == self._now()
+    weights: Weights = field(default_factory=lambda: Weights({}))
 
     def calm(self) -> None:
         """Dropout off: its results are kept."""

@@ -64,7 +64,7 @@ class Seam:
         looked_into = any(getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks)
         for stack in self.stacks:
             stack.layout, stack.off, stack.known = None, looked_into, None
-        if self.frozen and not self.frozen.holds:
+        if self.frozen and not self.frozen.weights.hold:
             warnings.warn(
                 "engine: frozen layers were changed: what was kept of them is not used any more", stacklevel=2
             )
