@@ -286,6 +286,38 @@ def test_a_prompt_below_belongs_to_what_is_kept(build: Callable[..., HybridTrain
     assert frozen(one).store is not frozen(other).store
 
 
+def test_buffers_tell_weights_apart(build: Callable[..., HybridTrainer]) -> None:
+    """Running statistics of a frozen layer are no parameters; those of the head are none of what is kept."""
+    caches = Caches()
+    trainers = [build(caches=caches) for _ in range(3)]
+    for number, (below, above) in enumerate([(1.0, 1.0), (1.0, 3.0), (2.0, 3.0)]):
+        model = trainers[number].model
+        for module, scale in ((model.bert.encoder.layer[0], below), (model.classifier, above)):
+            module.register_buffer("scale", torch.tensor(scale))
+            module.register_forward_hook(lambda module, args, output: output * module.scale)
+        trainers[number].train()
+    same, head, layer = (frozen(one).store for one in trainers)
+    assert head is same
+    assert layer is not same
+
+
+def test_buffers_that_are_changed_in_the_middle(build: Callable[..., HybridTrainer]) -> None:
+    class Change(hf.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                model.bert.encoder.layer[0].scale.fill_(1.5)
+
+    changed, plain = build(), build(engine="off")
+    for trainer in (changed, plain):
+        layer = trainer.model.bert.encoder.layer[0]
+        layer.register_buffer("scale", torch.ones(()))
+        layer.register_forward_hook(lambda module, args, output: output * module.scale)
+        trainer.add_callback(Change())
+    with pytest.warns(UserWarning, match="frozen layers were changed"):
+        found = losses(changed)
+    assert found == pytest.approx(losses(plain), abs=2e-5)
+
+
 def test_weights_that_are_changed_in_the_middle(build: Callable[..., HybridTrainer]) -> None:
     class Change(hf.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -103,20 +104,23 @@ def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches)
     """The layers below all that is trained, where there are any, and what is kept of them."""
     torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
     with seam.open():
-        depth, modules = lowest_trained(seam.stacks[0].layers, lambda: _run(model, batch))
+        depth, modules, later = lowest_trained(seam.stacks[0].layers, lambda: _run(model, batch))
     if not depth:
         return None
-    over = {module for layer in seam.stacks[0].layers[depth:] for module in layer.modules()}
-    above = {id(one) for module in over for one in module.parameters(recurse=False)}
+    above = {id(one) for module in later for one in (*module._parameters.values(), *module._buffers.values())}
     weights = Weights(
-        {name: one for name, one in model.named_parameters() if id(one) not in above and not one.requires_grad}
+        {
+            name: one
+            for name, one in itertools.chain(model.named_parameters(), model.named_buffers())
+            if id(one) not in above and not one.requires_grad
+        }
     )
     told = [
         weights.fingerprint,
         *(
             f"{name} {module.scaling}"
             for name, module in model.named_modules()
-            if hasattr(module, "scaling") and module not in over
+            if hasattr(module, "scaling") and module not in later
         ),
         f"{depth} {autocast_type(batch['attention_mask'].device)}",
     ]

@@ -116,8 +116,8 @@ class Frozen:
         return {key: row for key, row in rows.items() if key not in self.store and not self.store.put(key, row)}
 
 
-def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Module, ...]]:
-    """How many layers nothing trained reaches, and which modules run before the first that it does.
+def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Module, ...], set[nn.Module]]:
+    """How many layers nothing trained reaches, which modules run before the first that it does, and which only later.
 
     Gradients tell: a layer whose inputs need none has nothing trained below it.
 
@@ -147,9 +147,11 @@ def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Modu
         forward()
     count = (reached.index(True) if True in reached else len(reached)) - 1
     if count <= 0:
-        return 0, ()
+        return 0, (), set()
     after = {*called[before[count] :], *layers[count : count + 1]}
-    return count, tuple(module for module in called[: before[count]] if not after & set(module.modules()))
+    whole = tuple(module for module in called[: before[count]] if not after & set(module.modules()))
+    later = after | {module for layer in layers[count:] for module in layer.modules()}
+    return count, whole, later - set(called[: before[count]])
 
 
 def _needs_gradient(value: Any) -> bool:
