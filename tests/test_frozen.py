@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,61 @@ def test_a_store_against_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 10 < len(store) == len(expected) < 30
     for key, row in expected.items():
         assert torch.equal(store.get(key), row)
+
+
+def test_stores_used_longest_ago_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridtune.engine.store.SEGMENT", 400)
+    caches, row = Caches(Limits(memory=800, disk=400)), torch.ones(10, 10)
+    first, second, third = (caches.of(name) for name in ("first", "second", "third"))
+    for store in (first, second, third):
+        assert store.put(b"row", row)
+    assert (caches.limits.memory, caches.limits.disk) == (0, 0)
+    assert caches.of("first") is first
+    fourth = caches.of("fourth")
+    assert fourth.put(b"row", row)
+    assert [len(store) for store in (first, second, third, fourth)] == [1, 0, 1, 1]
+    assert torch.equal(fourth.get(b"row"), row)
+    assert fourth.put(b"other", row)
+    assert fourth.put(b"third", row)
+    with pytest.warns(UserWarning, match="no room"):
+        assert not fourth.put(b"more", row)
+    assert [len(store) for store in (first, second, third, fourth)] == [0, 0, 0, 3]
+    assert caches.of("second").put(b"row", row), "a store that was emptied is filled again"
+
+
+def test_the_limit_holds_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps something; what a training that is over has kept is given back."""
+    monkeypatch.setattr("hybridtune.engine.store.SEGMENT", 400)
+    assert Caches().limits is Caches().limits
+    limits = Limits(memory=800, disk=0)
+    one, other = Caches(limits), Caches(limits)
+    assert one.of("a").put(b"row", torch.ones(10, 10))
+    assert other.of("b").put(b"row", torch.ones(10, 10))
+    assert limits.memory == 0
+    del one
+    gc.collect()
+    assert limits.memory == 400
+
+
+def test_several_strategies_in_turn_with_a_small_limit(
+    build: Callable[..., HybridTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each changes the layers first, so that none finds what another has kept: each has room."""
+    monkeypatch.setattr("hybridtune.engine.store.SEGMENT", 2**12)
+    limits = Limits(memory=2**16, disk=0)  # 34 rows of at most 12 tokens, 32 numbers wide, in 32 bits: for one of them
+    caches, stores = Caches(limits), []
+    for seed in range(1, 4):
+        stages = [{"name": "all", "rules": [{"part": "all", "method": "full"}]}, {"name": "top", "rules": TOP}]
+        strategy = Strategy(name="two", stages=[Stage.model_validate(stage) for stage in stages])
+        trainer = build(rules=strategy, caches=caches, seed=seed, num_train_epochs=1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="engine: no room")
+            trainer.train()
+        stores.append(frozen(trainer).store)
+        assert len(stores[-1]) > 20
+        assert 0 <= limits.memory == 2**16 - sum(store.taken.memory for store in stores)
+    assert len(set(map(id, stores))) == 3
+    assert len(stores[0]) == 0
 
 
 def test_kept_states_that_are_wrong_are_found_out(build: Callable[..., HybridTrainer]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..model import digest_of
 from .microbatch import is_row
-from .store import Limits, Store
+from .store import Limits, Store, of_process
 
 LEAST = 64  # tokens that are computed at once
 
@@ -27,15 +27,18 @@ class Caches:
     """What trainings in one process keep, by what it was computed with.
 
     Attributes:
-        limits: of all together.
+        limits: of all together; those of the process, unless others are given.
     """
 
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(default_factory=of_process)
     _stores: dict[str, Store] = field(default_factory=dict)
 
     def of(self, fingerprint: str) -> Store:
         """The rows that were computed with the weights of this fingerprint."""
-        return self._stores.setdefault(fingerprint, Store(self.limits))
+        store = self._stores.setdefault(fingerprint, Store(self.limits))
+        store.full = False  # others may have given room back
+        self.limits.use(store)
+        return store
 
 
 class Weights:
