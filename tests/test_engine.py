@@ -350,6 +350,27 @@ def test_fast_lora_gives_what_peft_gives(options: dict[str, Any], fast: int) -> 
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
+def test_what_can_be_sped_up_is_found_once_and_its_state_looked_at_every_time() -> None:
+    model, _ = on_model()
+    found = engine.start(model.float(), sample.of_batch(padded()))
+    kinds = {type(module).__name__ for module in found.modules}
+    assert kinds == {"Linear", "Dropout"}
+    assert len(found.modules) == sum(type(m) is nn.Dropout or hasattr(m, "lora_A") for m in model.modules())
+    layer, drop = model.bert.encoder.layer[0].attention.self.query, model.bert.encoder.layer[0].output.dropout
+
+    def taken() -> tuple[bool, bool]:
+        with found.open():
+            return "forward" in vars(layer), "forward" in vars(drop)
+
+    assert taken() == (True, True)
+    layer.enable_adapters(False)
+    drop.p = 0.0
+    assert taken() == (False, False)
+    layer.enable_adapters(True)
+    drop.p = 0.2
+    assert taken() == (True, True)
+
+
 def test_lora_with_its_own_dropout_in_training_is_pefts() -> None:
     model, _ = on_model(lora_dropout=0.5)
     no_other_dropout = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p != 0.5]

@@ -32,7 +32,7 @@ class Engine:
     Attributes:
         seam: through which it runs without padding; None where it runs as it is.
         reason: why there is none, or why what frozen layers give is not kept.
-        modules: those whose LoRA and dropout are computed in a faster way.
+        modules: LoRA and dropout, computed in a faster way where their state allows it when the engine is opened.
     """
 
     seam: Seam | None
@@ -74,7 +74,7 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None)
         batch: a few rows of several lengths (see `sample`), on the model's device.
         caches: where hidden states below the lowest trained layer are kept; None where they are not.
     """
-    modules = tuple(model.modules())
+    modules = tuple(module for module in model.modules() if lora.knows(module) or dropout.knows(module))
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:

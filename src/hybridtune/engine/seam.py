@@ -120,7 +120,9 @@ class _Stack:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
         self.names = list(inspect.signature(layers[0].forward).parameters)
-        self.biases = [module for layer in layers for module in layer.modules() if hasattr(module, "compute_bias")]
+        self.biases: list[Any] = [
+            module for layer in layers for module in layer.modules() if hasattr(module, "compute_bias")
+        ]
         self.layout: Layout | None = None
         self.off = False  # this forward runs padded
         self.stops = False  # this forward ends where the frozen layers do
