@@ -29,7 +29,8 @@ LOG, METRICS = "log.jsonl", "metrics.json"
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 # Keys of a stage that are TrainingArguments' own.
 _ARGUMENTS = frozenset(Training.model_fields) - {
-    *("early_stopping_patience", "early_stopping_threshold", "max_seconds", "layerwise_lr_decay")
+    *("early_stopping_patience", "early_stopping_threshold", "max_seconds", "layerwise_lr_decay"),
+    "max_tokens_per_micro_batch",
 }
 # Where trainer_state.json keeps what of a stage Trainer itself forgets.
 _KEPT = "hybridtune"

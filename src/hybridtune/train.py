@@ -39,7 +39,7 @@ from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
 from .engine import Caches, Engine, sample, vocabulary
-from .engine.microbatch import by_length, is_rows
+from .engine.microbatch import by_length, by_tokens, is_rows
 from .engine.precision import Casts
 from .engine.vocabulary import Vocabulary
 from .errors import RecipeError, RunError, TrainingError
@@ -135,6 +135,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         engine: "auto" runs rows without padding, layers below all that is trained once a row, and a language model's
             head on labelled tokens alone, where the model proves to give the same so; "off" as Trainer does.
         caches: what frozen layers give, kept beyond this training for others on the same data.
+        max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time; a stage's
+            own comes first. The batch of an update, and its loss, stay what they are.
         **kwargs: as Trainer takes them.
 
     Raises:
@@ -153,9 +155,11 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         manifest: dict[str, Any] | None = None,
         engine: Literal["auto", "off"] = "auto",
         caches: Caches | None = None,
+        max_tokens_per_micro_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self._forget_engine()
         self._engine_asked = engine
         self._caches = caches or Caches()
@@ -200,7 +204,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             key: getattr(self.args, key)
             for key in ("learning_rate", "weight_decay")
             if getattr(self.args, key) != _NOT_GIVEN[key]
-        }
+        } | {"max_tokens_per_micro_batch": self.max_tokens_per_micro_batch}
         self.strategy, _ = resolve(asked, Training(**given), self.assembly, models.width(self.model), {})
         self.in_place = strategy is None
         written = asked if self.in_place else self.strategy
@@ -343,6 +347,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if self._limit is None and self.args.load_best_model_at_end and not self.in_place:
             self._limit = 1  # the best and the last: _tidy removes what nobody asked to keep
         self.micro_batch_halvings = 0
+        self.max_tokens_per_micro_batch = stage.max_tokens_per_micro_batch
         set_seed(self._asked.seed + number)
         self.composition = self.assembly.begin(stage)
         for parameter in self.model.parameters():
@@ -444,9 +449,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Computes a batch in pieces where that saves time or where memory does not suffice for the whole.
 
-        On the CPU padding costs as much as tokens do: there the pieces are rows of similar length. Out of memory, a
-        micro-batch is halved, and what it and those before it in the same update have added is computed again. Both
-        need the exact loss: where Trainer's or the user's own is used, a batch stays whole.
+        No piece has more than `max_tokens_per_micro_batch`. On the CPU padding costs as much as tokens do: there the
+        pieces are rows of similar length. Out of memory, a micro-batch is halved, and what it and those before it in
+        the same update have added is computed again. All need the exact loss: where Trainer's or the user's own is
+        used, a batch stays whole.
 
         Raises:
             RuntimeError: out of memory, with no way to halve the micro-batch.
@@ -525,6 +531,22 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if rows is not None:
             self._try_vocabulary(rows)
             self._try_engine(rows)
+        self._refuse_to_cut(self._exact)
+
+    def _refuse_to_cut(self, possible: bool) -> None:
+        """Says where a limit of tokens cannot be kept: the losses of micro-batches would not add up to the batch's.
+
+        Raises:
+            RecipeError: there is such a limit.
+        """
+        if self.max_tokens_per_micro_batch is None or possible:
+            return
+        reason = self.vocabulary.reason if self.vocabulary else ""
+        raise RecipeError(
+            "max_tokens_per_micro_batch: a batch can only be cut where its loss is a sum that hybridtune knows",
+            found=f"the model's own loss ({reason})" if reason else "another loss (your own, or Trainer's)",
+            mend="leave it out, and lower per_device_train_batch_size instead",
+        )
 
     def _try_vocabulary(self, inputs: Any) -> None:
         """Goes back to Trainer's loss, and says so, where a few rows show that a model's own is another than ours."""
@@ -607,9 +629,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     def _pieces(self, inputs: Any, items: torch.Tensor | int | None) -> list[Any]:
         if not self._can_cut(items):
+            self._refuse_to_cut(False)
             return [inputs]
-        padded = self.args.device.type == "cpu" and not (self.engine and self.engine.on)
-        pieces = by_length(dict(inputs)) if padded else [inputs]
+        pieces, limit = [inputs], self.max_tokens_per_micro_batch
+        if limit is not None:
+            pieces = by_tokens(dict(inputs), limit)
+        if self.args.device.type == "cpu" and not (self.engine and self.engine.on):
+            pieces = [part for piece in pieces for part in by_length(dict(piece))]
         return [part for piece in pieces for part in guard.cut(piece, 2**self.micro_batch_halvings)]
 
     def _add(self, model: nn.Module, pieces: list[Any], items: torch.Tensor | int | None) -> torch.Tensor:
