@@ -93,6 +93,7 @@ class Training(Keys):
     per_device_train_batch_size: int | None = Field(None, gt=0)
     gradient_accumulation_steps: int | None = Field(None, gt=0)
     max_tokens_per_micro_batch: int | None = Field(None, gt=0)
+    gradient_checkpointing: bool | None = None
     lr_scheduler_type: str | None = None
     lr_scheduler_kwargs: dict[str, Any] | None = None
     warmup_steps: float | None = Field(None, ge=0)

@@ -226,6 +226,14 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         rules = [rule for stage in strategy.stages for rule in stage.rules]
         if self.args.world_size > 1 and any(rule.active for rule in rules):
             raise RecipeError("active: layers cannot take turns in several processes yet", mend="one process")
+        asks = getattr(self.args, stages.CHECKPOINTING) or any(
+            stage.gradient_checkpointing for stage in strategy.stages
+        )
+        if asks and not getattr(self.model, "supports_gradient_checkpointing", False):
+            raise RecipeError(
+                f"gradient_checkpointing: {type(self.model).__name__} does not support it",
+                mend="leave it out; lower per_device_train_batch_size, or give max_tokens_per_micro_batch",
+            )
         endless = self.train_dataset is not None and not has_length(self.train_dataset)
         for stage in strategy.stages:
             if endless and stage.num_train_epochs is not None and stage.max_steps is None:
@@ -333,6 +341,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             yield
         finally:
             self.callback_handler.callbacks = before
+            if getattr(self.args, stages.CHECKPOINTING) and not getattr(self._asked, stages.CHECKPOINTING):
+                getattr(self.model, f"{stages.CHECKPOINTING}_disable")()
             self.args = self._asked
             self._log = self._casts = None
 
@@ -497,6 +507,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             "FSDP": self.is_fsdp_enabled,
             "DeepSpeed": self.is_deepspeed_enabled,
             "torch_compile": self.args.torch_compile,
+            "reentrant gradient checkpointing": (getattr(self.args, f"{stages.CHECKPOINTING}_kwargs") or {}).get(
+                "use_reentrant"
+            ),
         }
         return next((name for name, here in found.items() if here), "")
 
@@ -526,6 +539,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if self._tried_on_data:
             return
         self._tried_on_data = True
+        checkpointing = getattr(self.args, stages.CHECKPOINTING) and not self._sharded
+        if checkpointing and hasattr(self.model, "_require_grads_hook"):
+            # a gradient of the embeddings is only for reentrant checkpoints, and would lead through all frozen layers
+            self.model.disable_input_require_grads()
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         rows = sample.of_dataset(self.train_dataset, collate)
         if rows is not None:
