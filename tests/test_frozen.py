@@ -15,7 +15,7 @@ import transformers as hf
 from torch import nn
 
 from hybridtune import engine
-from hybridtune.engine import Caches, sample
+from hybridtune.engine import Caches, proof
 from hybridtune.engine.frozen import Frozen, keys_of
 from hybridtune.engine.store import Limits, Store
 from hybridtune.recipe import Stage, Strategy
@@ -328,7 +328,7 @@ def test_without_gradients_all_is_frozen() -> None:
     """A model that nothing is trained of: all its layers are kept."""
     model = tiny.classifier("bert").requires_grad_(False)
     rows = hf.DataCollatorWithPadding(tiny.tokenizer())(tiny.rows(4))
-    found = engine.start(model, sample.of_batch(rows), Caches())
+    found = engine.start(model, proof.rows_of_batch(rows), Caches())
     assert found.seam is not None
     assert found.seam.frozen is not None
     assert found.seam.frozen.depth == 3

@@ -38,7 +38,7 @@ from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
-from .engine import Caches, Engine, sample, vocabulary
+from .engine import Caches, Engine, proof, vocabulary
 from .engine.microbatch import by_length, by_tokens, is_rows
 from .engine.precision import Casts
 from .engine.vocabulary import Vocabulary
@@ -544,7 +544,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             # a gradient of the embeddings is only for reentrant checkpoints, and would lead through all frozen layers
             self.model.disable_input_require_grads()
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        rows = sample.of_dataset(self.train_dataset, collate)
+        rows = proof.rows_of_dataset(self.train_dataset, collate)
         if rows is not None:
             self._try_vocabulary(rows)
             self._try_engine(rows)
@@ -585,7 +585,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self.engine = Engine(None, f"not under {self._sharded} yet")
             warnings.warn(f"engine: {self.engine}", stacklevel=2)
             return
-        rows = sample.of_batch(dict(inputs))
+        rows = proof.rows_of_batch(dict(inputs))
         if rows is None:
             return
         try:
