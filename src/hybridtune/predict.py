@@ -21,7 +21,7 @@ from . import model as models
 from .checkpoint import ABOUT, Base
 from .data.checking.rows import row_numbers
 from .data.reading import read as reading
-from .engine import Engine
+from .engine import Engine, proof
 from .errors import DataError, RunError
 from .files import read_json
 from .tasks import Task
@@ -142,7 +142,7 @@ def _run(
     with torch.inference_mode():
         for numbers, rows in _by_length(tasks.for_the_model(items, tokenizer), batch_size):
             batch = {key: value.to(device) for key, value in collate(rows).items()}
-            few = engines.sample(batch) if engine is None else None
+            few = proof.rows_of_batch(batch) if engine is None else None
             engine = engines.start(model, few) if few else engine
             with engine.open() if engine else nullcontext():
                 answers = compute(batch).float().cpu().numpy()

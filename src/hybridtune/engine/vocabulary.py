@@ -17,14 +17,15 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from . import proof
 from .frozen import in_evaluation
 from .microbatch import is_rows
 
 CHUNK = 2**26  # bytes of a chunk's logits, in 32-bit floats
 IGNORED = -100
-SAMPLE, WINDOW = 4, 32  # rows and columns that the proof is made on
+WINDOW = 32  # columns that the proof is made on
 SPREAD = 10.0  # of made-up logits: what caps or scales logits shows there
-CLOSE, COARSE = 1e-5, 1e-2  # relative difference between losses; the second in half precision
+WHOLE, ROUNDINGS = 1e-5, 1  # by which losses may differ, which are means: see `proof.allowed`
 
 
 class Vocabulary:
@@ -51,14 +52,7 @@ class Vocabulary:
 
     def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with what an encoder-decoder makes of labels, since it will not be given them."""
-        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if prepare is None or any(batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds")):
-            return batch
-        made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
-        config: Any = self.model.config
-        if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
-            made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
-        return made
+        return complete(self.model, batch)
 
     @contextmanager
     def open(self, labels: torch.Tensor) -> Iterator[None]:
@@ -167,6 +161,38 @@ class Vocabulary:
         return own, made_up
 
 
+def complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with what an encoder-decoder makes of labels, where it is not given them."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if (
+        prepare is None
+        or batch.get("labels") is None
+        or any(batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds"))
+    ):
+        return batch
+    made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
+    config: Any = model.config
+    if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
+        made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
+    return made
+
+
+@contextmanager
+def without_logits(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Has a head run on no token; what it would have run on is put into the list."""
+    hidden: list[torch.Tensor] = []
+
+    def take(head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        hidden.append(args[0])
+        return (args[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(take, prepend=True)
+    try:
+        yield hidden
+    finally:
+        handle.remove()
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The output embeddings of a language model; None for other models."""
     find = getattr(model, "get_output_embeddings", None)
@@ -257,7 +283,7 @@ def _sample(batch: dict[str, Any]) -> dict[str, Any]:
     mask = batch.get("attention_mask")
     left = mask is not None and not bool(mask[:, 0].all())
     window = slice(-WINDOW, None) if left else slice(WINDOW)
-    rows = {key: value[:SAMPLE] for key, value in batch.items()}
+    rows = {key: value[: proof.ROWS] for key, value in batch.items()}
     rows = {key: value[:, window] if value.dim() == 2 else value for key, value in rows.items()}
     if not bool(rows["labels"][:, 1:].ne(IGNORED).any()):
         rows["labels"] = torch.ones_like(rows["labels"])
@@ -265,5 +291,4 @@ def _sample(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    allowed = CLOSE if dtype in (torch.float32, torch.float64) else COARSE
-    return bool((found - expected).abs() <= allowed * expected.abs())
+    return proof.difference(found, expected) <= proof.allowed(dtype, WHOLE, ROUNDINGS)
