@@ -11,12 +11,14 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithPadding, TrainingArguments
 
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
-from hybridtune.engine import Caches, dropout, lora
+from hybridtune.engine import Caches, dropout, lora, proof
+from hybridtune.engine.attention import Mask
 from hybridtune.engine.layout import CALL, Layout
 from hybridtune.engine.seam import Seam
 from hybridtune.layers import find_stacks
@@ -279,19 +281,86 @@ def test_a_model_that_gives_other_logits_is_left_alone() -> None:
     """One whose layers look at the neighbours: packed, the neighbour may be another row's."""
     model = shaken(tiny.classifier("bert"))
     model.bert.encoder.layer[1].output.register_forward_hook(lambda module, args, out: out + out.roll(1, dims=1))
-    found = engine.start(model, engine.sample(padded()))
+    found = engine.start(model, proof.rows_of_batch(padded()))
     assert not found.on
     assert "its logits would be others" in found.reason
 
 
+@pytest.mark.parametrize("half", ["autocast", "bf16"])
+@pytest.mark.parametrize("name", ON)
+def test_a_wrong_mask_is_seen_in_half_precision(name: str, half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a fresh head are hundredths, and a right mask gives the same ones."""
+    rows = proof.rows_of_batch(padded(lengths=(5, 9, 9, 3, 12, 30, 20)))
+    assert rows is not None
+
+    def started() -> engine.Engine:
+        model = shaken(tiny.classifier(name))
+        with torch.no_grad():
+            head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+            head.weight.mul_(0.02)
+            if head.bias is not None:
+                head.bias.zero_()
+        if half == "bf16":
+            return engine.start(model.bfloat16(), rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            return engine.start(model, rows)
+
+    assert started().on, started().reason
+
+    def all_seen(mask: Mask, query: int, key: int) -> torch.Tensor:
+        """Also what comes after, and what is padding in a group."""
+        queries, keys = mask.queries.groups[query], mask.keys.groups[key]
+        return torch.ones(len(keys.rows), 1, queries.length, keys.length, dtype=torch.bool)
+
+    monkeypatch.setattr(Mask, "of", all_seen)
+    assert "its logits would be others" in started().reason
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of so many numbers that an operation has given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 3 and tensor.shape[-1] == self.width:
+                self.rows = max(self.rows, tensor.shape[:-1].numel())
+        return result
+
+
+@pytest.mark.parametrize("name", [*tiny.CAUSAL, *tiny.SEQ2SEQ])
+def test_no_logits_of_a_language_model_are_made(name: str) -> None:
+    batch = padded()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    model = tiny.language_model(name).requires_grad_(False)
+    with Largest(width=100) as seen:
+        found = engine.start(model, proof.rows_of_batch(batch), Caches())
+    assert found.on, found.reason
+    assert found.seam is not None
+    assert found.seam.frozen is not None
+    assert seen.rows == 0
+
+
+def test_of_long_rows_there_are_two() -> None:
+    rows = proof.rows_of_batch(padded(lengths=(2000, 5, 900, 3000)))
+    assert rows is not None
+    assert rows["attention_mask"].sum(1).tolist() == [5, 3000]
+
+
 def test_random_layers_are_no_case_for_it() -> None:
     model = shaken(tiny.classifier("bart", encoder_layerdrop=0.1))
-    assert engine.start(model, engine.sample(padded())).reason == "it leaves out layers at random (encoder_layerdrop)"
+    assert (
+        engine.start(model, proof.rows_of_batch(padded())).reason
+        == "it leaves out layers at random (encoder_layerdrop)"
+    )
 
 
 def test_rows_of_one_length_are_no_sample() -> None:
-    assert engine.sample(padded(lengths=(5, 5, 5))) is None
-    rows = engine.sample(padded())
+    assert proof.rows_of_batch(padded(lengths=(5, 5, 5))) is None
+    rows = proof.rows_of_batch(padded())
     assert rows is not None
     assert sorted(rows["attention_mask"].sum(1).tolist())[::3] == [3, 12]
     with warnings.catch_warnings():
@@ -348,6 +417,27 @@ def test_fast_lora_gives_what_peft_gives(options: dict[str, Any], fast: int) -> 
     for name in names:
         torch.testing.assert_close(ours[name], gradients[name], rtol=1e-4, atol=1e-6)
     assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_what_can_be_sped_up_is_found_once_and_its_state_looked_at_every_time() -> None:
+    model, _ = on_model()
+    found = engine.start(model.float(), proof.rows_of_batch(padded()))
+    kinds = {type(module).__name__ for module in found.modules}
+    assert kinds == {"Linear", "Dropout"}
+    assert len(found.modules) == sum(type(m) is nn.Dropout or hasattr(m, "lora_A") for m in model.modules())
+    layer, drop = model.bert.encoder.layer[0].attention.self.query, model.bert.encoder.layer[0].output.dropout
+
+    def taken() -> tuple[bool, bool]:
+        with found.open():
+            return "forward" in vars(layer), "forward" in vars(drop)
+
+    assert taken() == (True, True)
+    layer.enable_adapters(False)
+    drop.p = 0.0
+    assert taken() == (False, False)
+    layer.enable_adapters(True)
+    drop.p = 0.2
+    assert taken() == (True, True)
 
 
 def test_lora_with_its_own_dropout_in_training_is_pefts() -> None:
@@ -478,7 +568,7 @@ def test_a_method_of_others_is_put_back() -> None:
     layer.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
     before = vars(layer)["forward"]
     seam = seam_of(model.requires_grad_(False))
-    seam.frozen = engine.start(model, engine.sample(padded()), Caches()).seam.frozen  # type: ignore[union-attr, arg-type]
+    seam.frozen = engine.start(model, proof.rows_of_batch(padded()), Caches()).seam.frozen  # type: ignore[union-attr, arg-type]
     with seam.open():
         assert layer.forward is not before
     assert vars(layer)["forward"] is before

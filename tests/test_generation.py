@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from hybridtune import answer, engine, tasks
 from hybridtune import model as models
+from hybridtune.engine import proof
 from hybridtune.errors import ModelError, RecipeError
 from hybridtune.recipe import Recipe
 from hybridtune.tasks.translation import Task
@@ -102,7 +103,7 @@ def test_the_engine_leaves_writing_alone(name: str) -> None:
     items = task.encode(Dataset.from_list(ROWS), tokenizer, 64)
     batch = task.collator(tokenizer)(tasks.for_the_model(items, tokenizer, labels=True).to_list())
     before = answer.answers(model, task, items, tokenizer, 5)
-    fast = engine.start(model, engine.sample(dict(batch)))
+    fast = engine.start(model, proof.rows_of_batch(dict(batch)))
     with torch.no_grad(), fast.open():
         model(**batch)  # what the seam has seen of it must not come back
         during = answer.answers(model, task, items, tokenizer, 5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers as hf
 from datasets import Dataset
 from torchmetrics.functional.text import squad as reference
 
@@ -22,6 +23,7 @@ from hybridtune.errors import DataError, RecipeError
 from hybridtune.model import load_tokenizer
 from hybridtune.tasks import _squad
 from hybridtune.tasks.question_answering import Task
+from hybridtune.train import HybridTrainer
 
 CONTEXT = (
     "The old mill, built in 1887 by Anna Berg, stands near Lake Ursa. "
@@ -268,3 +270,55 @@ def test_the_task_comes_back_from_its_state() -> None:
     task = Task(no_answer=True, threshold=1.5, doc_stride=16)
     again = tasks.from_state(json.loads(json.dumps(task.state())))
     assert again.state() == task.state()
+
+
+def positions(count: int, seed: int) -> Dataset:
+    """Rows as transformers' example makes them."""
+    chance = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        ids = [2, *chance.integers(4, 30, chance.integers(4, 9)).tolist(), 3]
+        spot = int(chance.integers(1, len(ids)))
+        found.append({"input_ids": ids, "start_positions": spot, "end_positions": min(spot + 1, len(ids) + 5)})
+    return Dataset.from_list(found)
+
+
+def loss_of_start(model: hf.PreTrainedModel, row: dict[str, Any]) -> torch.Tensor:
+    """Of a row whose answer ends outside of it."""
+    logits = model(row["input_ids"]).start_logits
+    return torch.nn.functional.cross_entropy(logits, row["start_positions"])
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(8, 1), (2, 4)])
+def test_trainers_own_columns_give_the_models_own_loss(tmp_path: Path, size: int, accumulate: int) -> None:
+    table, model = positions(8, 0), tiny.headed("bert", "QuestionAnswering").double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    # Row by row: beside longer rows, padding would have a share in the model's own softmax.
+    rows = [hf.DataCollatorWithPadding(tiny.tokenizer())([row]) for row in table.to_list()]
+    inside = [row["end_positions"] < len(row["input_ids"]) for row in table]
+    assert not all(inside)
+    sums = sum(
+        model(**row).loss * 2 if within else loss_of_start(model, row) for row, within in zip(rows, inside, strict=True)
+    )
+    expected = sums / (len(table) + sum(inside))
+    expected.backward()
+    gradient = model.qa_outputs.weight.grad.clone()
+    model.zero_grad()
+    keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, "max_steps": 1}
+    arguments = hf.TrainingArguments(
+        str(tmp_path), **keys, learning_rate=1.0, optim="sgd", max_grad_norm=0, use_cpu=True, report_to="none",
+        lr_scheduler_type="constant", logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    before = model.qa_outputs.weight.detach().clone()
+    trainer = HybridTrainer(
+        model, arguments, train_dataset=table, eval_dataset=table, processing_class=tiny.tokenizer()
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected.detach()), rel=1e-6)
+    trainer.train()
+    torch.testing.assert_close(
+        before - model.qa_outputs.weight, gradient, rtol=1e-5, atol=1e-7
+    )  # the loss is in 32 bits
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [pytest.approx(float(expected.detach()), rel=1e-4)]

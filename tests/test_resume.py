@@ -56,7 +56,7 @@ def build(tmp_path: Path) -> Build:
     """Builds a trainer over 40 rows, five steps an epoch."""
     tiny.save_body(tmp_path / "body")
 
-    def make(stages: Any, *callbacks: Any, metric: Any = None, **arguments: Any) -> HybridTrainer:
+    def make(stages: Any, *callbacks: Any, metric: Any = None, rows: Any = None, **arguments: Any) -> HybridTrainer:
         torch.manual_seed(0)
         given = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 8, "logging_steps": 1, "seed": 3}
         fixed = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "per_device_eval_batch_size": 8}
@@ -64,7 +64,7 @@ def build(tmp_path: Path) -> Build:
             hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "body"),
             hf.TrainingArguments(**given | fixed | arguments),
             data_collator=hf.DataCollatorWithPadding(tiny.tokenizer()),
-            train_dataset=tiny.rows(40),
+            train_dataset=rows or tiny.rows(40),
             eval_dataset=tiny.rows(16, seed=1),
             strategy=stages,
             compute_metrics=metric,
@@ -215,6 +215,38 @@ class TestGoingOn:
             assert found(resumed) == found(whole)
             if event == "on_train_end":
                 assert counted.steps == [], "a stage that was over was trained on"
+
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_whatever_batch_comes_first(self, build: Build, tmp_path: Path, batch: int) -> None:
+        """Rows by themselves, or beside others of their length, say nothing about padding; those after them do."""
+        rows = sorted(tiny.rows(9, longest=8), key=lambda row: len(row["input_ids"]))
+        assert len({len(row["input_ids"]) for row in rows[:batch]}) == 1
+        more = {"per_device_train_batch_size": batch, "train_sampling_strategy": "sequential", "rows": rows}
+        stages = [LONG | {"num_train_epochs": 2, "save_steps": 1, "eval_strategy": "epoch"}]
+        whole = build(stages, output_dir=str(tmp_path / "whole"), **more)
+        whole.train()
+        assert whole.engine is not None
+        assert whole.engine.on
+        for step in range(2, whole.state.max_steps + 1):
+            interrupted(build, stages, step, **more)
+            resumed = build(stages, **more)
+            resumed.train(resume_from_checkpoint=True)
+            assert found(resumed) == found(whole), step
+            for folder in resumed.stage_folders:
+                shutil.rmtree(folder)
+
+    def test_frozen_layers_that_a_checkpoint_writes_again(self, build: Build, tmp_path: Path) -> None:
+        """Those that an earlier stage has trained: their hidden states are kept after a resume as before it."""
+        stages = [{"name": "all", "rules": [{"part": "all", "method": "full"}], "num_train_epochs": 1}]
+        stages.append({"name": "head", "rules": [HEAD], "num_train_epochs": 2, "save_steps": 1})
+        whole = build(stages, output_dir=str(tmp_path / "whole"))
+        whole.train()
+        with pytest.raises(KeyboardInterrupt):
+            build(stages, Stop(3, stage="2-head")).train()
+        resumed = build(stages)
+        resumed.train(resume_from_checkpoint=True)
+        assert "3 frozen layers computed once a row" in told(resumed.stage_folders[1])["engine"]
+        assert found(resumed) == found(whole)
 
     def test_seconds_go_on(self, build: Build) -> None:
         stages = [LONG | {"save_steps": 4}]

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import engine as engines
-from .engine import Engine
+from .engine import Engine, proof
 from .guard import is_out_of_memory
 from .tasks import Task
 
@@ -77,7 +77,7 @@ def run(
             numbers = order[:batch_size]
             try:
                 batch = {key: value.to(device) for key, value in collate([rows[n] for n in numbers]).items()}
-                few = engines.sample(batch) if fast and engine is None else None
+                few = proof.rows_of_batch(batch) if fast and engine is None else None
                 engine = engines.start(model, few) if few else engine
                 with engine.open() if engine else nullcontext():
                     found = compute(batch)

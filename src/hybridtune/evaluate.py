@@ -152,7 +152,8 @@ def _lines(rows: Dataset, target: str, scores: Scores) -> list[str]:
         zip(rows["_row"][:], rows[target][:], scores.predictions, strict=True)
     ):
         stats = {name: values[at].tolist() for name, values in scores.stats.items()}
-        line = {"row": number, "gold": gold, **prediction, "stats": stats}
+        source = {"source": rows["_source"][at]} if "_source" in rows.column_names else {}  # of several files
+        line = {**source, "row": number, "gold": gold, **prediction, "stats": stats}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return lines
 

@@ -156,15 +156,17 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
         model: the model, as loaded.
         without: names that are left out, such as new ones.
     """
-    skip, digest = set(without), hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        if name in skip:
-            continue
-        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
-        digest.update(f"{name} {tuple(parameter.shape)} {dtype}".encode())
-        for piece in torch.split(
-            parameter.detach().reshape(-1), _PIECE
-        ):  # whole, a large tensor would be in memory twice
+    skip = set(without)
+    return digest_of((name, parameter) for name, parameter in model.named_parameters() if name not in skip)
+
+
+def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """BLAKE2b over names, shapes and bytes of tensors, as float32 where they are floating point."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        digest.update(f"{name} {tuple(tensor.shape)} {dtype}".encode())
+        for piece in torch.split(tensor.detach().reshape(-1), _PIECE):  # whole, it would be in memory twice
             digest.update(piece.to("cpu", dtype).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -19,7 +19,7 @@ from . import survey, trial
 from .console import Console
 from .data import split
 from .data.checking import check
-from .data.checking.rows import as_text
+from .data.checking.rows import as_text, batches
 from .data.doubts.tokens import token_summary, unknown_characters
 from .data.reading import read
 from .data.reading.sources import same_files
@@ -95,7 +95,7 @@ def rows_of(
         **task.profile(rows),
     }
     if recipe.data.survey:
-        near, more = survey.of_texts(task, rows)
+        near, more = survey.of_texts(task, rows, seed)
         findings, data = [*findings, *near], data | more
     data["findings"] = [finding.as_dict() for finding in findings]
     console.line("  " + ", ".join(f"{name} {len(rows[name]):,} rows" for name in _SPLITS))
@@ -211,8 +211,9 @@ def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction:
 def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
     """BLAKE2b over what the task reads: equal only for equal rows in the same order."""
     digest = hashlib.blake2b(digest_size=16)
-    for values in zip(*(rows[name][:] for name in columns if name in rows.column_names), strict=True):
-        digest.update(json.dumps(values, default=str).encode() + b"\n")
+    for batch in batches(rows, [name for name in columns if name in rows.column_names]):
+        for values in zip(*batch, strict=True):
+            digest.update(json.dumps(values, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -78,9 +78,10 @@ class Training(Keys):
     """How a stage is trained. In the recipe: for every stage; in a stage: for that stage alone.
 
     The names are those of `transformers.TrainingArguments`, `early_stopping_patience` and
-    `early_stopping_threshold` those of `transformers.EarlyStoppingCallback`. Three are our own: `max_seconds` ends a
+    `early_stopping_threshold` those of `transformers.EarlyStoppingCallback`. Four are our own: `max_seconds` ends a
     stage at the first step after that time, `layerwise_lr_decay` multiplies the learning rate once for each layer that
-    lies between a weight and the head, and a stage's `repeat`.
+    lies between a weight and the head, `max_tokens_per_micro_batch` (`max_` as in `max_length`: a limit) says how many
+    tokens are computed at a time of a batch, which stays as it is, and a stage's `repeat`.
     """
 
     learning_rate: float | None = Field(None, gt=0)
@@ -91,6 +92,8 @@ class Training(Keys):
     layerwise_lr_decay: float | None = Field(None, gt=0, le=1)
     per_device_train_batch_size: int | None = Field(None, gt=0)
     gradient_accumulation_steps: int | None = Field(None, gt=0)
+    max_tokens_per_micro_batch: int | None = Field(None, gt=0)
+    gradient_checkpointing: bool | None = None
     lr_scheduler_type: str | None = None
     lr_scheduler_kwargs: dict[str, Any] | None = None
     warmup_steps: float | None = Field(None, ge=0)

@@ -29,8 +29,13 @@ LOG, METRICS = "log.jsonl", "metrics.json"
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 # Keys of a stage that are TrainingArguments' own.
 _ARGUMENTS = frozenset(Training.model_fields) - {
-    *("early_stopping_patience", "early_stopping_threshold", "max_seconds", "layerwise_lr_decay")
+    *("early_stopping_patience", "early_stopping_threshold", "max_seconds", "layerwise_lr_decay"),
+    "max_tokens_per_micro_batch",
 }
+# What Trainer looks at for `gradient_checkpointing`: a later name of it, which the old one is only turned into once.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in TrainingArguments.__annotations__
+)
 # Where trainer_state.json keeps what of a stage Trainer itself forgets.
 _KEPT = "hybridtune"
 
@@ -53,6 +58,8 @@ def arguments_of(asked: TrainingArguments, stage: Stage, folder: Path, evaluates
                 f"stage {stage.name}: {key} cannot be {value}",
                 expected=", ".join(str(known.value) for known in type(old)),
             ) from None
+    if stage.gradient_checkpointing is not None:
+        setattr(arguments, CHECKPOINTING, stage.gradient_checkpointing)
     if stage.num_train_epochs is not None and stage.max_steps is None:
         arguments.max_steps = -1  # none: Trainer would take those asked for instead of the stage's own epochs
     arguments.output_dir = str(folder)

@@ -33,21 +33,30 @@ FEW_LANGUAGES = 0.02  # a smaller share of a language is not told
 _SUSPECTS = {"classes": suspect_labels, "labels": suspect_label_sets, "values": suspect_values}
 
 
-def of_texts(task: Task, rows: dict[str, Dataset]) -> tuple[list[Finding], dict[str, Any]]:
+def of_texts(task: Task, rows: dict[str, Dataset], seed: int = 0) -> tuple[list[Finding], dict[str, Any]]:
     """Near duplicates and languages, from the texts alone.
 
     Args:
         task: knows which columns are texts.
-        rows: of the splits, checked.
+        rows: of the splits, checked. Of very large ones a sample is looked at.
+        seed: of the sample.
 
     Returns:
         Findings, and what data.json says besides.
     """
+    rows = {name: _sample(table, seed) for name, table in rows.items()}
     texts = {name: _texts(table, [c for c in task.apart if c in table.column_names]) for name, table in rows.items()}
     pairs = near_duplicates(texts, SIMILAR)
     spoken = {name: languages([" ".join(row) for row in of_split]) for name, of_split in texts.items()}
     looked = min(sum(map(len, rows.values())), MOST_ROWS)
     return _near_findings(pairs, texts, rows), {"languages": spoken, "near_duplicates_looked_at": looked}
+
+
+def _sample(table: Dataset, seed: int) -> Dataset:
+    """At most as many rows as can be compared; their texts alone come into memory."""
+    if len(table) <= MOST_ROWS:
+        return table
+    return table.select(np.sort(np.random.default_rng(seed).choice(len(table), MOST_ROWS, replace=False)))
 
 
 def _texts(table: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:

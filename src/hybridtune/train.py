@@ -39,8 +39,8 @@ from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
-from .engine import Caches, Engine, vocabulary
-from .engine.microbatch import by_length, is_rows
+from .engine import Caches, Engine, proof, vocabulary
+from .engine.microbatch import by_length, by_tokens, is_rows
 from .engine.precision import Casts
 from .engine.vocabulary import Vocabulary
 from .errors import RecipeError, RunError, TrainingError
@@ -138,6 +138,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         caches: what frozen layers give, kept beyond this training for others on the same data.
         measure: metrics of the model that need more than a forward of each batch, such as those of texts that it
             writes; taken at every evaluation, beside the loss.
+        max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time; a stage's
+            own comes first. The batch of an update, and its loss, stay what they are.
         **kwargs: as Trainer takes them.
 
     Raises:
@@ -156,13 +158,14 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         manifest: dict[str, Any] | None = None,
         engine: Literal["auto", "off"] = "auto",
         caches: Caches | None = None,
+        max_tokens_per_micro_batch: int | None = None,
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self._measure = measure
-        self.engine: Engine | None = None  # not tried yet on the model as it is
-        self.vocabulary: Vocabulary | None = None  # likewise
+        self._forget_engine()
         self._engine_asked = engine
         self._caches = caches or Caches()
         self._casts: Casts | None = None  # of the stage that runs under autocast
@@ -210,7 +213,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             key: getattr(self.args, key)
             for key in ("learning_rate", "weight_decay")
             if getattr(self.args, key) != _NOT_GIVEN[key]
-        }
+        } | {"max_tokens_per_micro_batch": self.max_tokens_per_micro_batch}
         self.strategy, _ = resolve(asked, Training(**given), self.assembly, models.width(self.model), {})
         self.in_place = strategy is None
         written = asked if self.in_place else self.strategy
@@ -232,6 +235,14 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         rules = [rule for stage in strategy.stages for rule in stage.rules]
         if self.args.world_size > 1 and any(rule.active for rule in rules):
             raise RecipeError("active: layers cannot take turns in several processes yet", mend="one process")
+        asks = getattr(self.args, stages.CHECKPOINTING) or any(
+            stage.gradient_checkpointing for stage in strategy.stages
+        )
+        if asks and not getattr(self.model, "supports_gradient_checkpointing", False):
+            raise RecipeError(
+                f"gradient_checkpointing: {type(self.model).__name__} does not support it",
+                mend="leave it out; lower per_device_train_batch_size, or give max_tokens_per_micro_batch",
+            )
         endless = self.train_dataset is not None and not has_length(self.train_dataset)
         for stage in strategy.stages:
             if endless and stage.num_train_epochs is not None and stage.max_steps is None:
@@ -253,6 +264,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     ) -> TrainOutput:
         """Runs the stages of the strategy one after the other; without a strategy, trains as Trainer does."""
         if self.strategy is None:
+            self._forget_engine()
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         assert self.assembly is not None
         first, begun = self._resume_at(resume_from_checkpoint)
@@ -338,6 +350,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             yield
         finally:
             self.callback_handler.callbacks = before
+            if getattr(self.args, stages.CHECKPOINTING) and not getattr(self._asked, stages.CHECKPOINTING):
+                getattr(self.model, f"{stages.CHECKPOINTING}_disable")()
             self.args = self._asked
             self._log = self._casts = None
 
@@ -352,6 +366,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if self._limit is None and self.args.load_best_model_at_end and not self.in_place:
             self._limit = 1  # the best and the last: _tidy removes what nobody asked to keep
         self.micro_batch_halvings = 0
+        self.max_tokens_per_micro_batch = stage.max_tokens_per_micro_batch
         set_seed(self._asked.seed + number)
         self.composition = self.assembly.begin(stage)
         for parameter in self.model.parameters():
@@ -363,7 +378,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if self.composition.rotations:
             self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
         self._train_batch_size = self.args.train_batch_size
-        self.restored_step = self.engine = self.vocabulary = None
+        self.restored_step = None
+        self._forget_engine()
         self.compute_loss_func = self._loss_asked
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
@@ -409,10 +425,15 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             staging.thin_out(folder, 1, {best})
 
     @property
+    def _task(self) -> tasks.Task | None:
+        """The task whose loss is computed."""
+        task = getattr(self.compute_loss_func, "__self__", None)
+        return task if isinstance(task, tasks.Task) else None
+
+    @property
     def _exact(self) -> bool:
         """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
-        func = self.compute_loss_func
-        return func == self._token_loss or isinstance(getattr(func, "__self__", None), tasks.Task)
+        return self.compute_loss_func == self._token_loss or self._task is not None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -426,6 +447,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self._task is not None and "labels" not in batches[0]:
+            batches = [self._task.with_labels(batch) for batch in batches]
+            items = self._get_num_items_in_batch(batches, device)
         rows = self._own_rows()
         if not batches or rows is None or not self._exact or not is_rows(batches[-1]):
             return batches, items
@@ -452,9 +476,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Computes a batch in pieces where that saves time or where memory does not suffice for the whole.
 
-        On the CPU padding costs as much as tokens do: there the pieces are rows of similar length. Out of memory, a
-        micro-batch is halved, and what it and those before it in the same update have added is computed again. Both
-        need the exact loss: where Trainer's or the user's own is used, a batch stays whole.
+        No piece has more than `max_tokens_per_micro_batch`. On the CPU padding costs as much as tokens do: there the
+        pieces are rows of similar length. Out of memory, a micro-batch is halved, and what it and those before it in
+        the same update have added is computed again. All need the exact loss: where Trainer's or the user's own is
+        used, a batch stays whole.
 
         Raises:
             RuntimeError: out of memory, with no way to halve the micro-batch.
@@ -499,6 +524,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             "FSDP": self.is_fsdp_enabled,
             "DeepSpeed": self.is_deepspeed_enabled,
             "torch_compile": self.args.torch_compile,
+            "reentrant gradient checkpointing": (getattr(self.args, f"{stages.CHECKPOINTING}_kwargs") or {}).get(
+                "use_reentrant"
+            ),
         }
         return next((name for name, here in found.items() if here), "")
 
@@ -513,17 +541,79 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         assert self.vocabulary is not None
         return self.vocabulary.loss(outputs, labels, num_items_in_batch)
 
+    def _forget_engine(self) -> None:
+        """Nothing has been tried on the model as it is now."""
+        self.engine: Engine | None = None
+        self.vocabulary: Vocabulary | None = None
+        self._tried_on_data = False
+
+    def _try_on_data(self) -> None:
+        """Tries engine and loss on rows of the training data, before a checkpoint is loaded or a batch is seen.
+
+        What comes of it is then the same wherever a training goes on. Rows that cannot be had by number are left to the
+        first batch.
+        """
+        if self._tried_on_data:
+            return
+        self._tried_on_data = True
+        checkpointing = getattr(self.args, stages.CHECKPOINTING) and not self._sharded
+        if checkpointing and hasattr(self.model, "_require_grads_hook"):
+            # a gradient of the embeddings is only for reentrant checkpoints, and would lead through all frozen layers
+            self.model.disable_input_require_grads()
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        rows = proof.rows_of_dataset(self.train_dataset, collate)
+        if rows is not None:
+            self._try_vocabulary(rows)
+            self._try_engine(rows)
+        self._refuse_to_cut(self._exact)
+
+    def _refuse_to_cut(self, possible: bool) -> None:
+        """Says where a limit of tokens cannot be kept: the losses of micro-batches would not add up to the batch's.
+
+        Raises:
+            RecipeError: there is such a limit.
+        """
+        if self.max_tokens_per_micro_batch is None or possible:
+            return
+        reason = self.vocabulary.reason if self.vocabulary else ""
+        raise RecipeError(
+            "max_tokens_per_micro_batch: a batch can only be cut where its loss is a sum that hybridtune knows",
+            found=f"the model's own loss ({reason})" if reason else "another loss (your own, or Trainer's)",
+            mend="leave it out, and lower per_device_train_batch_size instead",
+        )
+
     def _try_vocabulary(self, inputs: Any) -> None:
         """Goes back to Trainer's loss (or the task's), and says so, where a few rows show that a model's is another."""
-        known = self.vocabulary is not None and self.vocabulary.model is self.model
-        head = None if known or self.compute_loss_func != self._token_loss else vocabulary.head_of(self.model)
+        head = vocabulary.head_of(self.model) if self.compute_loss_func == self._token_loss else None
         if head is None:
             return
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
         if not self.vocabulary.on:
             self.compute_loss_func = self._whole_loss
             warnings.warn(f"engine: logits of all tokens at once: {self.vocabulary.reason}", stacklevel=2)
+
+    def _try_engine(self, inputs: Any) -> None:
+        """Has a few rows of different lengths show whether the model can run without padding."""
+        if self._engine_asked == "off":
+            self.engine = Engine(None, "engine: off")
+            return
+        if self._sharded:
+            self.engine = Engine(None, f"not under {self._sharded} yet")
+            warnings.warn(f"engine: {self.engine}", stacklevel=2)
+            return
+        rows = proof.rows_of_batch(dict(inputs))
+        if rows is None:
+            return
+        try:
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept)
+        except RuntimeError as error:
+            if not guard.is_out_of_memory(error):
+                raise
+            self.engine = Engine(None, "memory does not suffice to try it")
+        if self.engine.reason:
+            warnings.warn(f"engine: {self.engine}", stacklevel=2)
 
     def compute_loss(
         self,
@@ -533,7 +623,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
-        self._try_vocabulary(inputs)
+        if self.vocabulary is None:
+            self._try_vocabulary(inputs)
+        if self._task is not None:
+            inputs = self._task.with_labels(inputs)
         if self._whole_loss is not None and self.compute_loss_func == self._whole_loss:
             inputs = vocabulary.complete(self.model, inputs)
         if self.vocabulary is None or self.compute_loss_func != self._token_loss:
@@ -544,24 +637,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
-        """Runs rows without padding, once a few rows of different lengths have shown that the model allows it."""
-        if inputs.get("labels") is not None:
-            self._try_vocabulary(inputs)
-        if self.engine is None and self._engine_asked == "off":
-            self.engine = Engine(None, "engine: off")
-        if self.engine is None and self._sharded:
-            self.engine = Engine(None, f"not under {self._sharded} yet")
-            warnings.warn(f"engine: {self.engine}", stacklevel=2)
-        rows = engine.sample(dict(inputs)) if self.engine is None else None
-        if rows is not None:
-            try:
-                with self.compute_loss_context_manager(), self.accelerator.autocast():
-                    self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept)
-            except RuntimeError as error:
-                if not guard.is_out_of_memory(error):
-                    raise
-            if self.engine and self.engine.reason:
-                warnings.warn(f"engine: {self.engine}", stacklevel=2)
+        """Runs rows without padding, where the model has shown, at the latest on these, that it gives the same so."""
+        if self.engine is None:
+            self._try_engine(inputs)
         with (
             self.engine.open(self._casts) if self.engine else nullcontext(),
             self._casts.open() if self._casts else nullcontext(),
@@ -603,9 +681,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     def _pieces(self, inputs: Any, items: torch.Tensor | int | None) -> list[Any]:
         if not self._can_cut(items):
+            self._refuse_to_cut(False)
             return [inputs]
-        padded = self.args.device.type == "cpu" and not (self.engine and self.engine.on)
-        pieces = by_length(dict(inputs)) if padded else [inputs]
+        pieces, limit = [inputs], self.max_tokens_per_micro_batch
+        if limit is not None:
+            pieces = by_tokens(dict(inputs), limit)
+        if self.args.device.type == "cpu" and not (self.engine and self.engine.on):
+            pieces = [part for piece in pieces for part in by_length(dict(piece))]
         return [part for piece in pieces for part in guard.cut(piece, 2**self.micro_batch_halvings)]
 
     def _add(self, model: nn.Module, pieces: list[Any], items: torch.Tensor | int | None) -> torch.Tensor:
@@ -732,6 +814,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         trial: Any,
     ) -> tuple[int, int]:
         """Finds the best checkpoint also where the folder was moved, and trains no more where training had ended."""
+        self._try_on_data()
         epochs, steps = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -765,6 +848,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads what `_save` has written."""
+        self._try_on_data()
         if self.assembly is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -823,5 +907,9 @@ def _read(strategy: Any) -> Strategy:
 
 def _exact_loss(model: nn.Module) -> Any:
     """The loss of the whole global batch for a model whose task we know, or None: Trainer's own."""
-    task = tasks.for_model(model)
-    return task().loss if task else None
+    found = tasks.for_model(model)
+    if found is None:
+        return None
+    task = found()
+    task.ready(model)
+    return task.loss

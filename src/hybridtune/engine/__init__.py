@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +13,19 @@ import torch
 from torch import nn
 
 from ..layers import find_stacks
-from ..model import fingerprint
-from . import dropout, lora
+from . import dropout, lora, proof, vocabulary
 from .frozen import Caches as Caches
-from .frozen import Frozen, in_evaluation
+from .frozen import Frozen, Weights, in_evaluation
 from .frozen import depth as lowest_trained
-from .microbatch import is_rows
 from .precision import Casts, autocast_type
 from .seam import Seam
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-COARSE = 5e-2  # of half precision
-SAMPLE = 4  # rows
+# Of logits and hidden states. In half precision packed and padded differ by up to two roundings in tiny models, which
+# add up as a random walk over the layers; with a wrong mask they differ by thirty and more, once the body is trained.
+WHOLE, ROUNDINGS = 1e-4, 10
+# What a model's own code raises when its layers are given other shapes.
+WRONG = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+Ask = Callable[[], torch.Tensor]
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -34,7 +36,7 @@ class Engine:
     Attributes:
         seam: through which it runs without padding; None where it runs as it is.
         reason: why there is none, or why what frozen layers give is not kept.
-        modules: those whose LoRA and dropout are computed in a faster way.
+        modules: LoRA and dropout, computed in a faster way where their state allows it when the engine is opened.
     """
 
     seam: Seam | None
@@ -68,25 +70,15 @@ class Engine:
         return self.seam is not None
 
 
-def sample(batch: dict[str, Any]) -> dict[str, Any] | None:
-    """A few rows of a batch, the shortest and the longest among them; None where all have one length or are no rows."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or bool(mask.all()) or not is_rows(batch):
-        return None
-    ranked = mask.sum(1).argsort(stable=True)
-    chosen = ranked[torch.linspace(0, len(ranked) - 1, min(SAMPLE, len(ranked))).long().to(ranked.device)]
-    return {key: value[chosen] for key, value in batch.items()}
-
-
 def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None) -> Engine:
     """Builds the engine of a model, and has it prove itself: logits of a few rows, packed against padded.
 
     Args:
         model: with all that is on it, and with gradients required where it is trained.
-        batch: a `sample` of the user's rows, on the model's device.
+        batch: a few rows of several lengths (see `proof`), on the model's device.
         caches: where hidden states below the lowest trained layer are kept; None where they are not.
     """
-    modules = tuple(model.modules())
+    modules = tuple(module for module in model.modules() if lora.knows(module) or dropout.knows(module))
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:
@@ -95,15 +87,16 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None)
     engine = Engine(seam, modules=modules)
     with in_evaluation(model):
         with torch.no_grad():
-            padded = _answers(model, batch)
-            problem = _check(engine, batch, padded)
+            ask = _question(model, batch)
+            padded = ask()
+            problem = _check(engine, ask, padded)
         if problem:
             return replace(engine, seam=None, reason=problem)
-        seam.frozen = _frozen(model, batch, seam, caches) if caches else None
+        seam.frozen = _frozen(model, ask, seam, caches) if caches else None
         if seam.frozen is None:
             return engine
         with torch.no_grad():
-            problem = _check(engine, batch, padded)
+            problem = _check(engine, ask, padded)
             if not problem:
                 with seam.open():
                     seam.frozen.steady = seam.steady(batch)
@@ -112,64 +105,83 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None)
     return replace(engine, reason=f"hidden states of frozen layers are not kept: {problem}")
 
 
-def _frozen(model: nn.Module, batch: dict[str, Any], seam: Seam, caches: Caches) -> Frozen | None:
+def _frozen(model: nn.Module, ask: Ask, seam: Seam, caches: Caches) -> Frozen | None:
     """The layers below all that is trained, where there are any, and what is kept of them."""
     torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
     with seam.open():
-        depth, modules = lowest_trained(seam.stacks[0].layers, lambda: _run(model, batch))
+        depth, modules, later = lowest_trained(seam.stacks[0].layers, ask)
     if not depth:
         return None
-    over = {module for layer in seam.stacks[0].layers[depth:] for module in layer.modules()}
-    above = {id(one) for module in over for one in module.parameters(recurse=False)}
-    named = dict(model.named_parameters())
-    below = [name for name, one in named.items() if id(one) not in above and not one.requires_grad]
+    above = {id(one) for module in later for one in (*module._parameters.values(), *module._buffers.values())}
+    weights = Weights(
+        {
+            name: one
+            for name, one in itertools.chain(model.named_parameters(), model.named_buffers())
+            if id(one) not in above and not one.requires_grad
+        }
+    )
     told = [
-        fingerprint(model, named.keys() - set(below)),
+        weights.fingerprint,
         *(
             f"{name} {module.scaling}"
             for name, module in model.named_modules()
-            if hasattr(module, "scaling") and module not in over
+            if hasattr(module, "scaling") and module not in later
         ),
-        f"{depth} {autocast_type(batch['attention_mask'].device)}",
+        f"{depth} {autocast_type(next(model.parameters()).device)}",
     ]
-    return Frozen(depth, modules, caches.of("\n".join(told)), tensors=tuple(named[name] for name in below))
+    return Frozen(depth, modules, caches.of("\n".join(told)), weights=weights)
 
 
-def _check(engine: Engine, batch: dict[str, Any], padded: torch.Tensor) -> str:
+def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
     """Why a model cannot be run so: what it says, or by how much its logits differ."""
     assert engine.seam is not None
     try:
         with engine.open():
-            packed = _answers(engine.seam.model, batch)
+            packed = ask()
             if not engine.seam.reached:
                 return "its attention does not go through transformers' interfaces"
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        # what a model's own code raises when its layers are given other shapes
+    except WRONG as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
         return f"its layers cannot run packed ({said[:120]})"
-    difference = float((packed - padded).abs().max())
+    difference = proof.difference(packed, padded)
     dtype = autocast_type(padded.device) or padded.dtype  # accelerate gives logits back in fp32
-    allowed = TOLERANCE.get(dtype, COARSE) * max(1.0, float(padded.abs().max()))
-    return "" if difference <= allowed else f"its logits would be others (by {difference:.2g}, {allowed:.2g} allowed)"
+    allowed = proof.allowed(dtype, WHOLE, ROUNDINGS)
+    return "" if difference <= allowed else f"its logits would be others (by {difference:.1%}, {allowed:.1%} allowed)"
 
 
-def _run(model: nn.Module, batch: dict[str, Any]) -> Any:
-    """The model's output; labels only where it knows them: a task's own loss may take others than the model's."""
+def _question(model: nn.Module, batch: dict[str, Any]) -> Ask:
+    """What is compared: what goes into a language model's head, whose logits may be larger than memory; else logits."""
+    head = vocabulary.head_of(model)
+    if head is not None:
+        with suppress(*WRONG, LookupError):
+            _into_head(model, head, batch)
+            return lambda: _into_head(model, head, batch)
+    return lambda: _logits(model, batch)
+
+
+def _into_head(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    batch = vocabulary.complete(model, batch)
+    with vocabulary.without_logits(head) as hidden:
+        model(**{key: value for key, value in batch.items() if key != "labels"})
+    (answers,) = hidden
+    return _counted(answers, batch)
+
+
+def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """With labels only where the model knows them: a task's own loss may take others than the model's."""
     known = "labels" in inspect.signature(model.forward).parameters
-    return model(**(batch if known else {key: value for key, value in batch.items() if key != "labels"}))
-
-
-def _answers(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Logits where they count: of the rows, or of those of their tokens that are no padding."""
-    output = _run(model, batch)
+    output = model(**(batch if known else {key: value for key, value in batch.items() if key != "labels"}))
     if "start_logits" in output:
-        logits = torch.stack([output["start_logits"], output["end_logits"]], -1)
-    else:
-        logits = output["logits"] if "logits" in output else output[0]
+        return _counted(torch.stack([output["start_logits"], output["end_logits"]], -1), batch)
+    return _counted(output["logits"] if "logits" in output else output[0], batch)
+
+
+def _counted(answers: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    """Those of rows, or of those of their tokens that are no padding."""
+    labels = batch.get("labels")
     masks: Sequence[Any] = (batch.get("decoder_attention_mask"), batch.get("attention_mask"))
-    if batch.get("labels") is not None and logits.dim() == 3 and batch["labels"].shape == logits.shape[:2]:
-        masks = (batch["labels"].ne(-100), *masks)
+    masks = masks if labels is None else (labels.ne(-100), *masks)
     for mask in masks:
-        if mask is not None and logits.dim() == 3 and mask.shape == logits.shape[:2]:
-            return logits[mask.bool()]
-    return logits
+        if mask is not None and answers.dim() == 3 and mask.shape == answers.shape[:2] and mask.any():
+            return answers[mask.bool()]
+    return answers

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model import digest_of
 from .microbatch import is_row
-from .store import Limits, Store
+from .store import Limits, Store, of_process
 
 LEAST = 64  # tokens that are computed at once
 
@@ -26,15 +27,57 @@ class Caches:
     """What trainings in one process keep, by what it was computed with.
 
     Attributes:
-        limits: of all together.
+        limits: of all together; those of the process, unless others are given.
     """
 
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = field(default_factory=of_process)
     _stores: dict[str, Store] = field(default_factory=dict)
 
     def of(self, fingerprint: str) -> Store:
         """The rows that were computed with the weights of this fingerprint."""
-        return self._stores.setdefault(fingerprint, Store(self.limits))
+        store = self._stores.setdefault(fingerprint, Store(self.limits))
+        store.full = False  # others may have given room back
+        self.limits.use(store)
+        return store
+
+
+class Weights:
+    """Tensors that are to stay as they are, watched.
+
+    Args:
+        tensors: by their names.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._written = {name: _written(tensor) for name, tensor in tensors.items()}
+        self._digests = {name: digest_of([(name, tensor)]) for name, tensor in tensors.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal only for equal tensors of equal types."""
+        return "\n".join(f"{self._tensors[name].dtype} {digest}" for name, digest in self._digests.items())
+
+    @property
+    def hold(self) -> bool:
+        """Whether they are what they were, and none is trained.
+
+        What was written since is compared: a checkpoint that is loaded writes the same numbers once more.
+        """
+        for name, tensor in self._tensors.items():
+            if tensor.requires_grad:
+                return False
+            written = _written(tensor)
+            if written != self._written[name]:
+                if digest_of([(name, tensor)]) != self._digests[name]:
+                    return False
+                self._written[name] = written
+        return True
+
+
+def _written(tensor: torch.Tensor) -> tuple[int, int]:
+    """Another pair after every write."""
+    return tensor.data_ptr(), tensor._version
 
 
 @dataclass
@@ -45,27 +88,16 @@ class Frozen:
         depth: how many layers of the first stack lie in it; all of them where only what follows is trained.
         modules: what runs in it, the embeddings too.
         store: hidden states that it has given.
-        tensors: its weights.
         steady: whether a row's do not depend on the rows that it is computed with, to the last bit. Where they do, rows
             are computed one by one: a training that goes on after an interruption computes them with others.
+        weights: what it is computed with.
     """
 
     depth: int
     modules: tuple[nn.Module, ...]
     store: Store
     steady: bool = True
-    tensors: tuple[nn.Parameter, ...] = ()
-
-    def __post_init__(self) -> None:
-        self._state = self._now()
-
-    def _now(self) -> list[tuple[int, int, bool]]:
-        return [(tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in self.tensors]
-
-    @property
-    def holds(self) -> bool:
-        """Whether its weights are still those that it was found with, and none is trained."""
-        return self._state == self._now()
+    weights: Weights = field(default_factory=lambda: Weights({}))
 
     def calm(self) -> None:
         """Dropout off: its results are kept."""
@@ -87,8 +119,8 @@ class Frozen:
         return {key: row for key, row in rows.items() if key not in self.store and not self.store.put(key, row)}
 
 
-def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Module, ...]]:
-    """How many layers nothing trained reaches, and which modules run before the first that it does.
+def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Module, ...], set[nn.Module]]:
+    """How many layers nothing trained reaches, which modules run before the first that it does, and which only later.
 
     Gradients tell: a layer whose inputs need none has nothing trained below it.
 
@@ -118,9 +150,11 @@ def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Modu
         forward()
     count = (reached.index(True) if True in reached else len(reached)) - 1
     if count <= 0:
-        return 0, ()
+        return 0, (), set()
     after = {*called[before[count] :], *layers[count : count + 1]}
-    return count, tuple(module for module in called[: before[count]] if not after & set(module.modules()))
+    whole = tuple(module for module in called[: before[count]] if not after & set(module.modules()))
+    later = after | {module for layer in layers[count:] for module in layer.modules()}
+    return count, whole, later - set(called[: before[count]])
 
 
 def _needs_gradient(value: Any) -> bool:

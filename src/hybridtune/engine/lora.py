@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -69,8 +69,13 @@ def speed_up(modules: Iterable[nn.Module], undo: ExitStack, casts: Casts | None 
         casts: copies of frozen weights in the type that autocast computes in.
     """
     for module in modules:
-        if type(module) is Linear and _plain(module):
+        if knows(module) and _plain(module):
             patch(module, "forward", partial(_forward, module, module.forward, casts), undo)
+
+
+def knows(module: nn.Module) -> TypeGuard[Linear]:
+    """Whether a module may be such a layer; `_plain` says whether it is one now."""
+    return type(module) is Linear
 
 
 def _plain(layer: Linear) -> bool:

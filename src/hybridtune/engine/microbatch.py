@@ -1,4 +1,4 @@
-"""Cuts a padded batch into micro-batches of rows of similar length, so that less padding is computed.
+"""Cuts a padded batch into micro-batches: of rows of similar length, or of no more than so many tokens.
 
 The rows of a batch, and with them the update, stay those that the user asked for: with a loss that is a sum over rows
 divided by the number of items of the global batch, the micro-batches' gradients add up to the batch's.
@@ -6,6 +6,8 @@ divided by the number of items of the global batch, the micro-batches' gradients
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +27,43 @@ def by_length(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         padding that all its rows share; the batch itself where it cannot be cut.
     """
     mask = batch.get("attention_mask")
-    if mask is None or mask.dim() != 2 or len(mask) < 2 * MIN_ROWS or not is_rows(batch):
+    if mask is None or mask.dim() != 2 or len(mask) < 2 * MIN_ROWS or not is_rows(batch) or not _ends_padded(mask):
         return [batch]
-    if not bool((mask.cumprod(1) == mask).all()):  # padded on the left, or with holes
+    return _cut(batch, mask, _where_padding_grows)
+
+
+def by_tokens(batch: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+    """Cuts a batch, its rows sorted by length, where the next row would be one too many.
+
+    Args:
+        batch: as above, padded on any side; without a mask all its places are tokens.
+        limit: tokens of a micro-batch, padding not counted. A row with more is a micro-batch of its own.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None and torch.is_tensor(batch.get("input_ids")):
+        mask = torch.ones_like(batch["input_ids"])
+    if mask is None or mask.dim() != 2 or not is_rows(batch):
         return [batch]
-    lengths, order = mask.sum(1).sort()
+    return _cut(batch, mask, partial(_where_full, limit=limit))
+
+
+def _cut(
+    batch: dict[str, torch.Tensor], mask: torch.Tensor, where: Callable[[list[int]], list[tuple[int, int]]]
+) -> list[dict[str, torch.Tensor]]:
+    lengths, order = mask.sum(1).sort(stable=True)
+    cuts, narrow = where(lengths.tolist()), _ends_padded(mask)
+    if len(cuts) == 1 and not narrow:
+        return [batch]
     pieces = []
-    for start, stop in _cuts(lengths.tolist()):
-        rows, longest = order[start:stop], int(lengths[stop - 1])
+    for start, stop in cuts:
+        rows, longest = order[start:stop], int(lengths[stop - 1]) if narrow else mask.shape[1]
         pieces.append({key: _narrow(key, value[rows], mask.shape[1], longest) for key, value in batch.items()})
     return pieces
+
+
+def _ends_padded(mask: torch.Tensor) -> bool:
+    """Whether padding is on the right alone, and there are no holes."""
+    return bool((mask.cumprod(1) == mask).all())
 
 
 def is_rows(batch: Any) -> bool:
@@ -61,7 +90,18 @@ def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Te
     return value[:, :longest]
 
 
-def _cuts(lengths: list[int]) -> list[tuple[int, int]]:
+def _where_full(lengths: list[int], limit: int) -> list[tuple[int, int]]:
+    """Cuts sorted lengths before a piece would have more tokens than the limit."""
+    cuts, start, tokens = [], 0, 0
+    for at, length in enumerate(lengths):
+        if at > start and tokens + length > limit:
+            cuts.append((start, at))
+            start, tokens = at, 0
+        tokens += length
+    return [*cuts, (start, len(lengths))]
+
+
+def _where_padding_grows(lengths: list[int]) -> list[tuple[int, int]]:
     """Cuts sorted lengths where the padding of the piece so far would grow beyond WASTE of its tokens."""
     cuts, start = [], 0
     for stop in range(MIN_ROWS, len(lengths) - MIN_ROWS + 1):

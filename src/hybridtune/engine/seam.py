@@ -78,7 +78,7 @@ class Seam:
         )
         for stack in self.stacks:
             stack.layout, stack.off, stack.known = None, looked_into, None
-        if self.frozen and not self.frozen.holds:
+        if self.frozen and not self.frozen.weights.hold:
             warnings.warn(
                 "engine: frozen layers were changed: what was kept of them is not used any more", stacklevel=2
             )
@@ -134,12 +134,15 @@ class _Stack:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
         self.names = list(inspect.signature(layers[0].forward).parameters)
-        self.biases = [module for layer in layers for module in layer.modules() if hasattr(module, "compute_bias")]
+        self.biases: list[Any] = [
+            module for layer in layers for module in layer.modules() if hasattr(module, "compute_bias")
+        ]
         self.layout: Layout | None = None
         self.off = False  # this forward runs padded
         self.stops = False  # this forward ends where the frozen layers do
         self.known: list[torch.Tensor] | None = None  # what they give each row of the batch
         self.frozen = 0  # their number
+        self.beside: tuple[Any, ...] | None = None  # what layers give beside hidden states; None: no tuple
 
     def hook(self, undo: ExitStack, frozen: int) -> None:
         self.frozen = frozen
@@ -152,10 +155,19 @@ class _Stack:
             patch(layer, "forward", partial(self._pass, layer.forward), undo)
 
     def _pass(self, own: Any, *args: Any, **kwargs: Any) -> Any:
-        """A frozen layer whose results are known."""
+        """A frozen layer whose results are known: hands on what it is given, and what else it gives those above."""
         if self.known is None:
             return own(*args, **kwargs)
-        return args[0] if args else kwargs[self.names[0]]
+        hidden = args[0] if args else kwargs[self.names[0]]
+        if self.beside is None:
+            return hidden
+        return (hidden, *(None if value is None else self._handed_on() for value in self.beside))
+
+    def _handed_on(self) -> torch.Tensor:
+        """The bias by distance, which T5's first layer computes for all."""
+        assert self.layout is not None
+        bias: torch.Tensor = self.biases[0].compute_bias(self.layout.longest, self.layout.longest)
+        return bias
 
     def _recall(self, layout: Layout) -> torch.Tensor:
         """The known hidden states as a packed row."""
@@ -209,13 +221,15 @@ class _Stack:
         """Pads what the last layer gives."""
         if self.layout is None:
             return output
+        hidden, *beside = output if isinstance(output, tuple) else (output,)
+        if self.known is None:
+            self.beside = tuple(beside) if isinstance(output, tuple) else None
         if self.stops:
-            raise _Stopped(output, self.layout)
+            raise _Stopped(hidden, self.layout)
         if self.known is not None and self.frozen == len(self.layers):
-            return self.layout.unpack(self._recall(self.layout))
-        if isinstance(output, tuple):
-            return (self.layout.unpack(output[0]), *output[1:])
-        return self.layout.unpack(output)
+            hidden = self._recall(self.layout)
+        padded = self.layout.unpack(hidden)
+        return (padded, *beside) if isinstance(output, tuple) else padded
 
 
 class _Stopped(Exception):

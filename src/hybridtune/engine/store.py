@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 import warnings
+import weakref
 from dataclasses import dataclass, field
 
 import psutil
@@ -16,29 +18,73 @@ SHARE = 8  # of the memory and of the disk space that are free: at most one in s
 
 @dataclass
 class Limits:
-    """How much may be kept.
+    """How much may be kept by all stores that share it; those used longest ago make room for others.
 
     Attributes:
-        memory, disk: in bytes; by default a part of what is free.
+        memory, disk: bytes that are left; at first a part of what is free.
     """
 
     memory: int = field(default_factory=lambda: psutil.virtual_memory().available // SHARE)
     disk: int = field(default_factory=lambda: shutil.disk_usage(tempfile.gettempdir()).free // SHARE)
+    _stores: list[weakref.ref[Store]] = field(default_factory=list)  # the one used longest ago first
+
+    def use(self, store: Store) -> None:
+        """A store is used from now on: the others go first."""
+        self._stores = [known for known in self._stores if known() not in (None, store)] + [weakref.ref(store)]
+
+    def evict(self, asking: Store) -> bool:
+        """Empties the store that was used longest ago; False where none is left but the one that asks."""
+        for known in self._stores:
+            store = known()
+            if store is not None and store is not asking and store.taken.any:
+                store.clear()
+                return True
+        return False
+
+
+@functools.cache
+def of_process() -> Limits:
+    """The limits of this process, for all that is kept in it."""
+    return Limits()
 
 
 @dataclass
+class Taken:
+    """Bytes that a store has of its limits."""
+
+    memory: int = 0
+    disk: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return bool(self.memory or self.disk)
+
+    def give_back(self, limits: Limits) -> None:
+        """For others."""
+        limits.memory, limits.disk = limits.memory + self.memory, limits.disk + self.disk
+        self.memory = self.disk = 0
+
+
 class Store:
     """Rows of vectors by keys.
 
-    Attributes:
-        limits: what is left of them.
+    Args:
+        limits: that it shares with others.
     """
 
-    limits: Limits
-    _rows: dict[bytes, torch.Tensor] = field(default_factory=dict)
-    _segment: torch.Tensor | None = None
-    _used: int = 0
-    full: bool = False
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.taken, self.full = limits, Taken(), False
+        self._rows: dict[bytes, torch.Tensor] = {}
+        self._segment: torch.Tensor | None = None
+        self._used = 0
+        weakref.finalize(self, self.taken.give_back, limits)
+
+    def clear(self) -> None:
+        """Forgets all rows, and gives their room back."""
+        self._rows.clear()
+        self._segment, self.full = None, False
+        self.taken.give_back(self.limits)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -75,11 +121,15 @@ class Store:
 
     def _grow(self, count: int, dtype: torch.dtype) -> torch.Tensor | None:
         size = count * dtype.itemsize
+        self.limits.use(self)
+        while size > max(self.limits.memory, self.limits.disk):
+            if not self.limits.evict(self):
+                return None
         if size <= self.limits.memory:
             self.limits.memory -= size
+            self.taken.memory += size
             return torch.empty(count, dtype=dtype)
-        if size <= self.limits.disk:
-            self.limits.disk -= size
-            with tempfile.NamedTemporaryFile(prefix="hybridtune-") as file:  # without a name, it goes with the process
-                return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
-        return None
+        self.limits.disk -= size
+        self.taken.disk += size
+        with tempfile.NamedTemporaryFile(prefix="hybridtune-") as file:  # without a name, it goes with the process
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)

@@ -18,14 +18,15 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from . import proof
 from .frozen import in_evaluation
 from .microbatch import is_rows
 
 CHUNK = 2**26  # bytes of a chunk's logits, in 32-bit floats
 IGNORED = -100
-SAMPLE, WINDOW = 4, 32  # rows and columns that the proof is made on
+WINDOW = 32  # columns that the proof is made on
 SPREAD = 10.0  # of made-up logits: what caps or scales logits shows there
-CLOSE, COARSE = 1e-5, 1e-2  # relative difference between losses; the second in half precision
+WHOLE, ROUNDINGS = 1e-5, 1  # by which losses may differ, which are means: see `proof.allowed`
 
 
 class Vocabulary:
@@ -157,6 +158,45 @@ class Vocabulary:
         return own, made_up
 
 
+def complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with what an encoder-decoder makes of labels, where it will not be given them."""
+    config: Any = model.config
+    if batch.get("labels") is None or any(
+        batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds")
+    ):
+        return batch
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None and getattr(config, "is_encoder_decoder", False):  # M2M100 and others do it in their forward
+        prepare = partial(_shifted, first=config.decoder_start_token_id, pad=config.pad_token_id)
+    if prepare is None:
+        return batch
+    made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
+    if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
+        made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
+    return made
+
+
+def _shifted(labels: torch.Tensor, first: int, pad: int) -> torch.Tensor:
+    before = functional.pad(labels[:, :-1], (1, 0), value=first)
+    return before.masked_fill(before == IGNORED, pad)
+
+
+@contextmanager
+def without_logits(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Has a head run on no token; what it would have run on is put into the list."""
+    hidden: list[torch.Tensor] = []
+
+    def take(head: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        hidden.append(args[0])
+        return (args[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(take, prepend=True)
+    try:
+        yield hidden
+    finally:
+        handle.remove()
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The output embeddings of a language model; None for other models."""
     find = getattr(model, "get_output_embeddings", None)
@@ -184,27 +224,6 @@ def start(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> Vocabular
         said = (str(error) or type(error).__name__).splitlines()[0]
         found.reason = f"it cannot run without logits ({said[:120]})"
     return found
-
-
-def complete(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with what an encoder-decoder makes of labels, where it will not be given them."""
-    config: Any = model.config
-    if any(batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds")):
-        return batch
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is None and getattr(config, "is_encoder_decoder", False):  # M2M100 and others do it in their forward
-        prepare = partial(_shifted, first=config.decoder_start_token_id, pad=config.pad_token_id)
-    if prepare is None:
-        return batch
-    made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
-    if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
-        made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
-    return made
-
-
-def _shifted(labels: torch.Tensor, first: int, pad: int) -> torch.Tensor:
-    before = functional.pad(labels[:, :-1], (1, 0), value=first)
-    return before.masked_fill(before == IGNORED, pad)
 
 
 def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -268,7 +287,7 @@ def _sample(batch: dict[str, Any]) -> dict[str, Any]:
     mask = batch.get("attention_mask")
     left = mask is not None and not bool(mask[:, 0].all())
     window = slice(-WINDOW, None) if left else slice(WINDOW)
-    rows = {key: value[:SAMPLE] for key, value in batch.items()}
+    rows = {key: value[: proof.ROWS] for key, value in batch.items()}
     rows = {key: value[:, window] if value.dim() == 2 else value for key, value in rows.items()}
     if not bool(rows["labels"][:, 1:].ne(IGNORED).any()):
         rows["labels"] = torch.ones_like(rows["labels"])
@@ -276,5 +295,4 @@ def _sample(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    allowed = CLOSE if dtype in (torch.float32, torch.float64) else COARSE
-    return bool((found - expected).abs() <= allowed * expected.abs())
+    return proof.difference(found, expected) <= proof.allowed(dtype, WHOLE, ROUNDINGS)

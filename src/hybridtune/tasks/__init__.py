@@ -152,6 +152,13 @@ class Task(ABC):
         """By how much two models' answers to the same items differ: at most, or by share of the items."""
         return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
+    def ready(self, model: PreTrainedModel) -> None:  # noqa: B027
+        """Makes a model give what `loss` takes, where it does not by itself."""
+
+    def with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as `loss` wants it, where transformers' models call the labels otherwise."""
+        return batch
+
     @abstractmethod
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None

@@ -26,6 +26,7 @@ MAX_ANSWER = 30  # tokens
 N_BEST = 20
 SHOWN = 10
 EXAMPLE = 300  # characters
+NEVER = -1e4  # a logit that half precision can hold and no softmax notices
 NOTHING = ("", -1)  # an answer and where it begins
 # For each row the score of no answer, and the best pieces of its context, by their characters, with theirs.
 Candidates: TypeAlias = list[tuple[float, dict[tuple[int, int], float]]]
@@ -104,8 +105,15 @@ class Task(tasks.Task):
         return {"num_labels": 2}
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Pads on the right."""
+        """Pads on the right, and leaves padding out."""
         pad_on_the_right(model, tokenizer)
+        self.ready(model)
+
+    def ready(self, model: PreTrainedModel) -> None:
+        """Padding cannot be the answer: else it would have a share in the softmax, and a row's loss would depend on the
+        rows that it stands beside."""
+        if _without_padding not in model._forward_hooks.values():
+            model.register_forward_hook(_without_padding, with_kwargs=True)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
         """Windows of the contexts, each behind its question. `labels`: the answer's first and last token.
@@ -124,6 +132,19 @@ class Task(tasks.Task):
         import torch
 
         return torch.stack([output[0], output[1]], -1)
+
+    def with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`start_positions` and `end_positions`, as transformers' models have them, as labels; those that lie outside
+        of the window count as little as there."""
+        if "labels" in batch or not {"start_positions", "end_positions"} <= batch.keys():
+            return batch
+        import torch
+
+        labels = torch.stack([batch["start_positions"], batch["end_positions"]], -1).clamp(min=0)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        outside = labels >= mask.sum(1, keepdim=True)
+        rest = {key: value for key, value in batch.items() if key not in ("start_positions", "end_positions")}
+        return {**rest, "labels": labels.masked_fill(outside, -100)}
 
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
@@ -290,6 +311,16 @@ class Task(tasks.Task):
     def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
         """Whether there is an answer."""
         return [(bool(golds),) for golds in _golds(rows)]
+
+
+def _without_padding(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook: start and end logits of padding are as low as can be."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape == output["start_logits"].shape:
+        for key in ("start_logits", "end_logits"):
+            logits = output[key]
+            output[key] = logits.masked_fill(~mask.bool(), NEVER)
+    return output
 
 
 def _texts(rows: Dataset, column: str) -> list[str]:
