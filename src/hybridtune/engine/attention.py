@@ -1,8 +1,8 @@
 """Attention over a packed row: every row sees itself and no other.
 
-On a GPU one call may do it all (see `varlen`). Else what the model would have called (sdpa, eager, the prefixes around them) is called for each group of rows of one length,
-without padding and so without a padding mask. Causality, windows and biases stay its own business: the group's mask is
-made by the same function, and only where the model asked for one.
+On a GPU one call may do it all (see `varlen`). Else what the model would have called (sdpa, eager, the prefixes around
+them) is called for each group of rows of one length, without padding and so without a padding mask. Causality, windows
+and biases stay its own business: the group's mask is made by the same function, and only where the model asked for one.
 """
 
 from __future__ import annotations

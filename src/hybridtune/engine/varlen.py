@@ -1,8 +1,8 @@
 """Attention over all rows of a packed row in one call, by a kernel that takes their bounds: on CUDA, in half precision.
 
-torch's own kernel, or flash-attn's where it is installed, which knows dropout too. What either cannot do (windows, biases,
-cross-attention, wide heads) goes group by group as ever. It has neither been run nor timed on a GPU yet: tests look at what
-the kernels are called with.
+torch's own kernel, or flash-attn's where it is installed, which knows dropout too. What either cannot do (windows,
+biases, cross-attention, wide heads) goes group by group as ever. It has neither been run nor timed on a GPU yet: tests
+look at what the kernels are called with.
 """
 
 from __future__ import annotations
