@@ -482,8 +482,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         rows = proof.rows_of_dataset(self.train_dataset, collate)
         if rows is not None:
-            self._try_vocabulary(rows)
-            self._try_engine(rows)
+            self._try_on(rows)
         self._refuse_to_cut(self._exact)
 
     def _refuse_to_cut(self, possible: bool) -> None:
@@ -500,6 +499,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             found=f"the model's own loss ({reason})" if reason else "another loss (your own, or Trainer's)",
             mend="leave it out, and lower per_device_train_batch_size instead",
         )
+
+    def _try_on(self, rows: Any) -> None:
+        """Tries what has not been tried yet. The loss comes first: whether a batch may be cut depends on it."""
+        if self.vocabulary is None and rows.get("labels") is not None:
+            self._try_vocabulary(rows)
+        if self.engine is None:
+            self._try_engine(rows)
 
     def _try_vocabulary(self, inputs: Any) -> None:
         """Goes back to Trainer's loss, and says so, where a few rows show that a model's own is another than ours."""
@@ -542,7 +548,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
-        if self.vocabulary is None:
+        if self.vocabulary is None:  # outside of a step
             self._try_vocabulary(inputs)
         if self.vocabulary is None or self.compute_loss_func != self._token_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -553,8 +559,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     @contextmanager
     def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
         """Runs rows without padding, where the model has shown, at the latest on these, that it gives the same so."""
-        if self.engine is None:
-            self._try_engine(inputs)
+        self._try_on(inputs)
         with (
             self.engine.open(self._casts) if self.engine else nullcontext(),
             self._casts.open() if self._casts else nullcontext(),

@@ -106,7 +106,7 @@ def _untouched_randomness() -> Iterator[None]:
     """Collators that mask at random, and datasets that draw, take no number from the training."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python)
