@@ -426,7 +426,7 @@ def test_rows_without_numbers_are_tried_before_a_batch_is_cut(tmp_path: Path, mo
 
     def made(asked: str) -> HybridTrainer:
         torch.manual_seed(0)
-        one = trainer(OTHERS["a cap on logits"][0](), tmp_path / asked, asked, batch=16)
+        one = trainer(OTHERS["a bias behind the head"][0](), tmp_path / asked, asked, batch=24)
         one.train_dataset = Stream()
         return one
 
