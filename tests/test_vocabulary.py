@@ -62,7 +62,7 @@ def started(model: nn.Module, batch: dict[str, torch.Tensor]) -> Vocabulary:
 
 
 def chunked(found: Vocabulary, batch: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
-    rest = found.complete(batch)
+    rest = vocabulary.complete(found.model, batch)
     labels = rest["labels"]
     with found.open(labels):
         outputs = found.model(**{key: value for key, value in rest.items() if key != "labels"})

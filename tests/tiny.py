@@ -151,6 +151,21 @@ def save_pretrained(folder: Path, name: str = "bert", seed: int = 0, **config: o
     return folder
 
 
+def save_writer(folder: Path, name: str, seed: int = 0, **config: object) -> Path:
+    """Writes a tiny language model and its tokenizer, which ends texts with [SEP]."""
+    if name == "encoder-decoder":
+        model = encoder_decoder()
+    else:
+        built = classifier(name, seed, **config).config
+        torch.manual_seed(seed)
+        model = _LANGUAGE_MODELS[name](built)
+    model.save_pretrained(folder)
+    known = tokenizer()
+    known.eos_token = "[SEP]"
+    known.save_pretrained(folder)
+    return folder
+
+
 def save_body(folder: Path, name: str = "bert", seed: int = 0) -> Path:
     """Writes a tiny model without its head, as pretrained models come, and its tokenizer.
 

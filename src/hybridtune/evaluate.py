@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from . import checkpoint, predict
+from . import answer, checkpoint, predict
 from . import model as models
 from .errors import RunError
 from .files import read_json, write_text
@@ -161,7 +161,7 @@ def _lines(rows: Dataset, target: str, scores: Scores) -> list[str]:
 def _predictor(setting: Setting, trial: Trial) -> predict.Predictor:
     loaded, _, _ = checkpoint.load(trial.stages[-1])
     setting.task.prepare(loaded.model, loaded.tokenizer)
-    size = setting.recipe.per_device_eval_batch_size or 32
+    size = setting.recipe.per_device_eval_batch_size or answer.BATCH
     predictor = predict.Predictor(loaded.model, loaded.tokenizer, setting.task, setting.limit, size)
     return predictor.to(models.pick_device(setting.recipe.device))
 
@@ -184,7 +184,7 @@ def _frozen(setting: Setting, *tables: Dataset) -> Any:
     task, loaded = setting.task, setting.load().loaded
     loaded.model.to(models.pick_device(setting.recipe.device))  # type: ignore[arg-type]
     items = (task.encode(rows, loaded.tokenizer, setting.limit) for rows in tables)
-    return tuple(predict.features(loaded.model, one, loaded.tokenizer, 32) for one in items)
+    return tuple(predict.features(loaded.model, one, loaded.tokenizer, answer.BATCH) for one in items)
 
 
 def read_evaluation(run: Path) -> dict[str, Any]:

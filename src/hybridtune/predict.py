@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import checkpoint, tasks
-from . import engine as engines
+from . import answer, checkpoint, tasks
 from . import model as models
 from .checkpoint import ABOUT, Base
 from .data.checking.rows import row_numbers
 from .data.reading import read as reading
-from .engine import Engine, proof
 from .errors import DataError, RunError
 from .files import read_json
 from .tasks import Task
@@ -44,7 +41,7 @@ class Predictor:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     limit: int
-    batch_size: int = 32
+    batch_size: int = answer.BATCH
 
     def predict(
         self,
@@ -77,12 +74,8 @@ class Predictor:
         return self.task.decode(self.logits(items), items, texts)
 
     def logits(self, items: Dataset) -> list[np.ndarray]:
-        """The model's logits, float32, an array an item, in their order."""
-
-        def compute(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            return self.task.logits(self.model(**batch))
-
-        return _run(self.model, items, self.tokenizer, self.batch_size, compute, self.task.per_token)
+        """The model's answers, an array an item, in their order: logits, or the tokens that it writes."""
+        return answer.answers(self.model, self.task, items, self.tokenizer, self.batch_size)
 
     def encode(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
         """Token ids of rows that need no labels."""
@@ -90,7 +83,7 @@ class Predictor:
 
     def texts(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
         """What the model reads of rows, which need no labels; columns may have any name that training data may have."""
-        table, inputs = reading.read(rows, "input"), list(self.task.inputs)
+        table, inputs = self.task.unpack(reading.read(rows, "input")), list(self.task.inputs)
         wanted = {name: self.task.columns[name] for name in inputs}
         own = {name: column for name, column in self.task.hints.items() if column in table.column_names}
         hints = {name: column for name, column in {**own, **(columns or {})}.items() if name in wanted}
@@ -123,40 +116,8 @@ def features(model: PreTrainedModel, items: Dataset, tokenizer: PreTrainedTokeni
         hidden = hidden[:, -mask.shape[1] :]  # in front of it an encoder's output has the places of a soft prompt
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    return np.stack(_run(model, items, tokenizer, batch_size, pooled))
-
-
-def _run(
-    model: PreTrainedModel,
-    items: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    compute: Callable[[dict[str, torch.Tensor]], torch.Tensor],
-    per_token: bool = False,
-) -> list[np.ndarray]:
-    """An array an item, in their order; of what has a place for every token, without those of padding."""
-    device, collate = next(model.parameters()).device, DataCollatorWithPadding(tokenizer)
-    model.eval()
-    results: dict[int, np.ndarray] = {}
-    engine: Engine | None = None
-    with torch.inference_mode():
-        for numbers, rows in _by_length(tasks.for_the_model(items, tokenizer), batch_size):
-            batch = {key: value.to(device) for key, value in collate(rows).items()}
-            few = proof.rows_of_batch(batch) if engine is None else None
-            engine = engines.start(model, few) if few else engine
-            with engine.open() if engine else nullcontext():
-                answers = compute(batch).float().cpu().numpy()
-            for number, row, answer in zip(numbers, rows, answers, strict=True):
-                results[number] = answer[: len(row["input_ids"])] if per_token else answer
-    return [results[number] for number in range(len(items))]
-
-
-def _by_length(items: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    rows = items.to_list()
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        yield numbers, [rows[number] for number in numbers]
+    asked = tasks.for_the_model(items, tokenizer)
+    return np.stack(answer.run(model, asked, tokenizer, batch_size, pooled))
 
 
 def load(folder: Path, device: str = "auto") -> Predictor:

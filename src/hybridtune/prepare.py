@@ -26,7 +26,7 @@ from .data.reading.sources import same_files
 from .engine import precision
 from .errors import DataError, RecipeError
 from .own_metrics import NO_METRICS, OwnMetrics
-from .recipe import Recipe, Rule, Stage, Strategy, Training
+from .recipe import Recipe, Rule, Stage, Strategy, Training, without_heads
 from .resolve import plan
 from .stage import arguments_of
 from .tasks import Task
@@ -132,7 +132,7 @@ def _read(
         _refuse_same_file(recipe, name, source)
         sources[name] = read.describe(source)
         before = len(notes.rejected)
-        table = read.read(source, name, max_rows=recipe.max_rows, notes=notes)
+        table = task.unpack(read.read(source, name, max_rows=recipe.max_rows, notes=notes))
         if rejected := notes.rejected[before:]:
             first = f"{rejected[0]['source']}:{rejected[0]['line']}: {rejected[0]['problem']}"
             notes.warn(
@@ -163,7 +163,7 @@ def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error:
     """The error, with another mend where it is `max_rows` that has left labels of train out."""
     if recipe.max_rows is None or task.target not in train.column_names:
         return error
-    table = read.read(recipe.data.train, "train", notes=read.Notes(recipe.data.on_bad_row))
+    table = task.unpack(read.read(recipe.data.train, "train", notes=read.Notes(recipe.data.on_bad_row)))
     every = read.map_columns(table, "train", source, task.columns, recipe.data.columns, task.required)
     have, there = (len(set(map(str, rows[task.target][:]))) for rows in (train, every))
     if have == there:
@@ -250,7 +250,8 @@ def setting_of(
     loaded = start.loaded
     training = Training(**{key: getattr(recipe, key) for key in Training.model_fields})
     width = models.width(loaded.model)
-    plans = [plan(strategy, training, start.assembly, width) for strategy in recipe.strategies()]
+    candidates = [without_heads(one) if task.writes else one for one in recipe.strategies()]
+    plans = [plan(strategy, training, start.assembly, width) for strategy in candidates]
     taken = max(one.positions for one in plans)
     limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length, taken)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
@@ -289,7 +290,7 @@ def setting_of(
         callbacks,
         compute_metrics,
     )
-    told = {"lengths": lengths}
+    told = {"lengths": lengths, **_target_lengths(task, limit, encoded, console)}
     return shared, told | _doubts(recipe, task, loaded, rows, encoded, console) if recipe.data.survey else told
 
 
@@ -328,6 +329,29 @@ def _doubts(
     _say_findings(findings, console)
     console.line(f"  enough data? {curve.verdict} ({curve.metric}, linear model on frozen features)")
     return {"curve": curve.as_dict(), "doubts": [finding.as_dict() for finding in findings]}
+
+
+def _target_lengths(task: Task, limit: int, encoded: dict[str, Dataset], console: Console) -> dict[str, Any]:
+    """How long targets are that are texts, and how many are longer than what is learnt of them."""
+    most = task.target_limit(limit)
+    if most is None:
+        return {}
+    found = {
+        name: token_summary(np.asarray(table["target_length"][:]), np.asarray(table["target_unknown"][:]), most)
+        for name, table in encoded.items()
+    }
+    for name, summary in found.items():
+        if summary["truncated"]:
+            console.warn(
+                f"{name}: {summary['truncated']} targets are longer than {most} tokens, the longest {summary['max']}: "
+                "the model learns no more of them, and writes no more; raise max_new_tokens where it should"
+            )
+        if summary["unknown_share"] > MANY_UNKNOWN:
+            console.warn(
+                f"{name}: {summary['unknown_share']:.0%} of the targets' tokens are unknown to this tokenizer, and can "
+                "not be written: choose a model for this language"
+            )
+    return {"target_lengths": found}
 
 
 def plan_of(setting: Setting, console: Console) -> tuple[list[Strategy], list[str]]:

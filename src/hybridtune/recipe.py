@@ -246,6 +246,15 @@ class Recipe(Training):
     doc_stride: int | None = Field(None, gt=0)
     max_answer_length: int | None = Field(None, gt=0)
     n_best_size: int | None = Field(None, gt=0)
+    source_language: str | None = None
+    target_language: str | None = None
+    num_beams: int | None = Field(None, gt=0)
+    max_new_tokens: int | None = Field(None, gt=0)
+    length_penalty: float | None = None
+    no_repeat_ngram_size: int | None = Field(None, ge=0)
+    repetition_penalty: float | None = Field(None, gt=0)
+    early_stopping: bool | Literal["never"] | None = None
+    generate_on: int | None = Field(None, gt=0)
     class_weight: Literal["balanced"] | dict[str, float] | None = None
     trust_remote_code: bool = False
     per_device_eval_batch_size: int | None = Field(None, gt=0)
@@ -328,6 +337,21 @@ def built_in_strategies() -> list[str]:
         for file in resources.files(__package__).joinpath("strategies").iterdir()
         if file.name.endswith(".yaml")
     )
+
+
+def without_heads(strategy: Strategy) -> Strategy:
+    """A built-in strategy for a model that writes; others stay as they are.
+
+    Its head is no new one, as a classifier's is, but the pretrained table of all words, often that of the embeddings
+    too: a rule for the head is left out where its stage has other rules.
+    """
+    if strategy.name not in built_in_strategies():
+        return strategy
+    stages = [
+        stage.model_copy(update={"rules": [rule for rule in stage.rules if rule.part != "head"] or stage.rules})
+        for stage in strategy.stages
+    ]
+    return strategy.model_copy(update={"stages": stages})
 
 
 def load_strategy(name: str) -> Strategy:

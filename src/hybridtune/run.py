@@ -127,7 +127,7 @@ def evaluate_run(
         return evaluate.read_evaluation(folder)
     tuned = Run(folder, device)
     task, source = tuned.predictor.task, read.describe(data)
-    table = read.read(data, "test")
+    table = task.unpack(read.read(data, "test"))
     hints = {**{name: own for name, own in task.hints.items() if own in table.column_names}, **(columns or {})}
     rows = read.map_columns(table, "test", source, task.columns, hints, task.required, in_recipe=False)
     try:

@@ -73,7 +73,7 @@ def load(
         return _from_peft(folder, asked)
     asked = replace(asked, name=str(folder) if folder != Path(name) else name)
     loaded = checkpoint.load_base(asked)
-    base = replace(asked, fingerprint=models.fingerprint(loaded.model, loaded.new))
+    base = replace(asked, auto_class=loaded.auto_class, fingerprint=models.fingerprint(loaded.model, loaded.new))
     own, head = _own(folder), set[str]()
     if own and _labels(own) != _labels(asked):
         loaded, head = _with_fresh_head(loaded)
@@ -108,7 +108,8 @@ def _from_peft(folder: Path, asked: Base) -> Start:
         name = str(told["base_model_name_or_path"])
         base = replace(asked, name=hub.get(name, name), revision=told.get("revision"))
         loaded = checkpoint.load_base(base, tokenizer_from=_tokenizer(folder))
-        base = replace(base, fingerprint=models.fingerprint(loaded.model, loaded.new))
+        fingerprint = models.fingerprint(loaded.model, loaded.new)
+        base = replace(base, auto_class=loaded.auto_class, fingerprint=fingerprint)
     tensors = dict(_read(folder / _PEFT_TENSORS))
     shapes = {name: parameter.shape for name, parameter in loaded.model.named_parameters()}
     whole, head = {name: tensor for name, tensor in tensors.items() if name in shapes}, set[str]()
@@ -160,6 +161,7 @@ def _load_base(told: Base, asked: Base, folder: Path) -> tuple[Loaded, Base]:
     if not same:  # a head that the base has of its own is new for other numbers of labels: another fingerprint
         checkpoint.check_fingerprint(checkpoint.load_base(as_told, tokenizer), as_told, folder)
     loaded = checkpoint.load_base(base, tokenizer)
+    base = replace(base, auto_class=loaded.auto_class)
     if same:
         checkpoint.check_fingerprint(loaded, base, folder)
         return loaded, base

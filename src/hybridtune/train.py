@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
@@ -22,12 +22,13 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import HubStrategy, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, has_length
 from transformers.utils import PushInProgress
 
 from . import checkpoint, engine, guard, staging, tasks
@@ -71,6 +72,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         engine: "auto" runs rows without padding, layers below all that is trained once a row, and a language model's
             head on labelled tokens alone, where the model proves to give the same so; "off" as Trainer does.
         caches: what frozen layers give, kept beyond this training for others on the same data.
+        measure: metrics of the model that need more than a forward of each batch, such as those of texts that it
+            writes; taken at every evaluation, beside the loss.
         max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time; a stage's
             own comes first. The batch of an update, and its loss, stay what they are.
         **kwargs: as Trainer takes them.
@@ -92,10 +95,12 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         engine: Literal["auto", "off"] = "auto",
         caches: Caches | None = None,
         max_tokens_per_micro_batch: int | None = None,
+        measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
+        self._measure = measure
         self._forget_engine()
         self._engine_asked = engine
         self._caches = caches or Caches()
@@ -116,7 +121,11 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self._added: list[Any] = []  # those of them whose gradients are there
         self._update_loss = torch.tensor(0.0)
         self._logits_wanted = False
-        if self.compute_loss_func is None and self.label_smoother is None:
+        writes = getattr(getattr(self.compute_loss_func, "__self__", None), "writes", False)
+        self._whole_loss = self.compute_loss_func if writes else None  # where it cannot be computed in chunks
+        if writes:
+            self.compute_loss_func = self._loss_in_chunks() or self._whole_loss
+        elif self.compute_loss_func is None and self.label_smoother is None:
             self.compute_loss_func = _exact_loss(self.model) or self._loss_in_chunks()
         self._loss_asked = self.compute_loss_func
         self._take_up(strategy)
@@ -516,14 +525,14 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._try_engine(rows)
 
     def _try_vocabulary(self, inputs: Any) -> None:
-        """Goes back to Trainer's loss, and says so, where a few rows show that a model's own is another than ours."""
+        """Goes back to Trainer's loss (or the task's), and says so, where a few rows show that a model's is another."""
         head = vocabulary.head_of(self.model) if self.compute_loss_func == self._token_loss else None
         if head is None:
             return
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
         if not self.vocabulary.on:
-            self.compute_loss_func = None
+            self.compute_loss_func = self._whole_loss
             warnings.warn(f"engine: logits of all tokens at once: {self.vocabulary.reason}", stacklevel=2)
 
     def _try_engine(self, inputs: Any) -> None:
@@ -560,9 +569,11 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._try_vocabulary(inputs)
         if self._task is not None:
             inputs = self._task.with_labels(inputs)
+        if self._whole_loss is not None and self.compute_loss_func == self._whole_loss:
+            inputs = vocabulary.complete(self.model, inputs)
         if self.vocabulary is None or self.compute_loss_func != self._token_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = self.vocabulary.complete(inputs)
+        inputs = vocabulary.complete(self.model, inputs)
         with nullcontext() if self._logits_wanted else self.vocabulary.open(inputs["labels"]):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -590,6 +601,20 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._logits_wanted = False
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's, and what `measure` measures beside it."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._measure is not None and metric_key_prefix == "eval":
+            output.metrics.update({f"eval_{key}": value for key, value in self._measure(self.model).items()})
+        return output
 
     def _can_cut(self, items: torch.Tensor | int | None) -> bool:
         """Whether rows can be computed apart."""

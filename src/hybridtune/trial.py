@@ -10,10 +10,17 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from . import guard
+from . import answer, guard
 from . import model as models
 from . import start as starts
 from .engine import Caches
@@ -137,7 +144,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         return Trial(**{**read_json(folder / RESULT), "folder": str(folder)})
     memory = PeakMemory(models.pick_device(setting.recipe.device))
     set_seed(seed)
-    start = setting.load()
+    start, task = setting.load(), setting.task
     loaded = start.loaded
     # Less padding; what comes of it is put back in the rows' order.
     order = np.argsort([len(ids) for ids in setting.validation["input_ids"][:]], kind="stable")
@@ -147,18 +154,19 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         training_arguments(setting, seed, folder),
         train_dataset=for_the_model(setting.train, loaded.tokenizer, labels=True),
         eval_dataset=for_the_model(setting.validation.select(order), loaded.tokenizer, labels=True),
-        data_collator=setting.task.collator(loaded.tokenizer),
+        data_collator=task.collator(loaded.tokenizer),
         processing_class=loaded.tokenizer,
-        preprocess_logits_for_metrics=lambda outputs, labels: setting.task.logits(outputs),
-        compute_loss_func=setting.task.loss,
-        compute_metrics=_metrics(setting, order),
+        preprocess_logits_for_metrics=lambda outputs, labels: task.logits(outputs),
+        compute_loss_func=task.loss,
+        compute_metrics=None if task.writes else _metrics(setting, order),
+        measure=_measure(setting, loaded.tokenizer) if task.writes else None,
         callbacks=list(setting.callbacks),
         strategy=strategy,
         base=start.base,
         engine=setting.recipe.engine,
         caches=setting.caches,
         manifest={
-            "task": setting.task.state(),
+            "task": task.state(),
             "max_length": setting.limit,
             "strategy": strategy.model_dump(mode="json", exclude_none=True),
         },
@@ -243,3 +251,35 @@ def _metrics(setting: Setting, order: np.ndarray) -> Callable[[EvalPrediction], 
         return found | (setting.compute_metrics(prediction) if setting.compute_metrics else {})
 
     return compute
+
+
+def _measure(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> Callable[[PreTrainedModel], dict[str, float]]:
+    """The metrics of the texts that a model writes for validation rows: for all, or for some from first to last.
+
+    They are written as those of test rows are, so that a model which is kept scores what was logged of it.
+    """
+    task, count = setting.task, len(setting.validation)
+    chosen = np.linspace(0, count - 1, min(count, task.generate_on or count)).round().astype(int)
+    items, rows = setting.validation.select(chosen), setting.validation_rows.select(chosen)
+    size = setting.recipe.per_device_eval_batch_size or answer.BATCH
+
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        written = answer.answers(model, task, items, tokenizer, size)
+        found = task.aggregate(task.row_stats(written, items, rows))
+        if setting.own_metrics.functions:
+            found |= setting.own_metrics.measure(task, task.decode(written, items, rows), rows)
+        if setting.compute_metrics is None:
+            return found
+        pad = tokenizer.pad_token_id
+        given = [_padded([np.asarray(ids) for ids in of], pad) for of in (written, items["labels"][:])]
+        return found | setting.compute_metrics(EvalPrediction(*given))
+
+    return measure
+
+
+def _padded(rows: Sequence[np.ndarray], pad: int) -> np.ndarray:
+    """Tokens of rows as one array, [rows, tokens]."""
+    made = np.full((len(rows), max(map(len, rows))), pad, dtype=np.int64)
+    for row, ids in zip(made, rows, strict=True):
+        row[: len(ids)] = np.where(ids == -100, pad, ids)
+    return made

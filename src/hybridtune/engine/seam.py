@@ -39,6 +39,7 @@ class Seam:
     def __init__(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
         self.model = model
         self.frozen: Frozen | None = None  # of the first stack
+        self._writes = False  # the model is generating
         self.stacks = [_Stack([model.get_submodule(name) for name in stack.layers]) for stack in stacks]
         self._configs = interface.configs(model.modules())
 
@@ -49,6 +50,8 @@ class Seam:
         caches = [getattr(config, "use_cache", None) for config in self._configs]
         with ExitStack() as undo:
             undo.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            if hasattr(self.model, "generate"):
+                patch(self.model, "generate", partial(self._generate, self.model.generate), undo)
             for number, stack in enumerate(self.stacks):
                 stack.hook(undo, self.frozen.depth if self.frozen and number == 0 else 0)
             for config, name, cache in zip(self._configs, names, caches, strict=True):
@@ -57,11 +60,22 @@ class Seam:
                 _set(config, f"{MARK}{name or 'eager'}", None if cache is None else False)  # no keys of packed rows
             yield
 
+    def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """Generates padded: a cache has a place for every row, and an encoder is called past `_begin`."""
+        self._writes = True
+        self._begin(self.model, (), {})
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self._writes = False
+
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Layers that are to be looked into are run padded, as what looks at them expects."""
         looks = [f"output_{what}" for what in ("hidden_states", "attentions")]
         config = getattr(model, "config", None)
-        looked_into = any(getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks)
+        looked_into = self._writes or any(
+            getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks
+        )
         for stack in self.stacks:
             stack.layout, stack.off, stack.known = None, looked_into, None
         if self.frozen and not self.frozen.weights.hold:
@@ -163,7 +177,9 @@ class _Stack:
 
     def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
         """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
-        longest = self.layout.longest if self.layout else query_length
+        if self.layout is None:
+            return own(query_length, key_length, **kwargs)
+        longest = self.layout.longest
         return own(min(query_length, longest), min(key_length, longest), **kwargs)
 
     def _enter(
@@ -174,10 +190,10 @@ class _Stack:
         masks = {name: found for name, value in given.items() if (found := of(value))}
         own = next((mask for name, mask in masks.items() if not _from_encoder(name)), None)
         other = next((mask for name, mask in masks.items() if _from_encoder(name)), None)
-        if own is None:
-            return None
         if self.off:
             return tuple(_whole(value) for value in args), {name: _whole(value) for name, value in kwargs.items()}
+        if own is None:
+            return None
         self.layout = own.keys
         at = self.layers.index(layer)
         if self.known is not None and at < self.frozen:

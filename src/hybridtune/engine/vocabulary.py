@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,10 +51,6 @@ class Vocabulary:
     def on(self) -> bool:
         """Whether the loss may be computed here."""
         return not self.reason
-
-    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with what an encoder-decoder makes of labels, since it will not be given them."""
-        return complete(self.model, batch)
 
     @contextmanager
     def open(self, labels: torch.Tensor) -> Iterator[None]:
@@ -136,7 +133,7 @@ class Vocabulary:
             return "its own loss is not the cross-entropy of what its head gives"
         with torch.no_grad():
             own = self.model(**batch)["loss"]
-            rest = self.complete(batch)
+            rest = complete(self.model, batch)
             labels = rest["labels"]
             with self.open(labels):
                 outputs = self.model(**{key: value for key, value in rest.items() if key != "labels"})
@@ -163,19 +160,26 @@ class Vocabulary:
 
 
 def complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with what an encoder-decoder makes of labels, where it is not given them."""
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if (
-        prepare is None
-        or batch.get("labels") is None
-        or any(batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds"))
+    """A batch with what an encoder-decoder makes of labels, where it will not be given them."""
+    config: Any = model.config
+    if batch.get("labels") is None or any(
+        batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds")
     ):
         return batch
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None and getattr(config, "is_encoder_decoder", False):  # M2M100 and others do it in their forward
+        prepare = partial(_shifted, first=config.decoder_start_token_id, pad=config.pad_token_id)
+    if prepare is None:
+        return batch
     made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
-    config: Any = model.config
     if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
         made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
     return made
+
+
+def _shifted(labels: torch.Tensor, first: int, pad: int) -> torch.Tensor:
+    before = functional.pad(labels[:, :-1], (1, 0), value=first)
+    return before.masked_fill(before == IGNORED, pad)
 
 
 @contextmanager

@@ -59,6 +59,8 @@ class Task(ABC):
         windowed: whether rows longer than the model can take are read in several windows, and not cut.
         pooled: whether a row's mean hidden state says something of its target, as baselines on frozen features need:
             then there are `joined`, `judged` and `told` too.
+        writes: whether a model answers with a text, token by token: then `logits` below are the tokens that it wrote.
+        generate_on: on how many validation rows it writes during training, where it writes; None means all.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Task(ABC):
     per_token: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     windowed: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
+    generate_on: int | None = None
 
     @classmethod
     @abstractmethod
@@ -126,6 +130,27 @@ class Task(ABC):
         """What is kept of a model's outputs (in order, without a loss), [items, ...] or [items, tokens, ...]."""
         found: torch.Tensor = output if hasattr(output, "shape") else output[0]
         return found
+
+    def questions(self, items: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """What a model is given of items that it is to answer."""
+        return for_the_model(items, tokenizer)
+
+    def respond(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """How a model answers a batch: its logits, or the tokens of the texts that it writes, [items, tokens].
+
+        Args:
+            model: in evaluation mode.
+            batch: `questions`, padded on the right.
+        """
+        return self.logits(model(**batch))
+
+    def target_limit(self, limit: int) -> int | None:
+        """How many tokens of a target are learnt, where it is a text; `limit` is how many a row may have."""
+        return None
+
+    def difference(self, ours: Logits, theirs: Logits) -> float:
+        """By how much two models' answers to the same items differ: at most, or by share of the items."""
+        return max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
 
     def ready(self, model: PreTrainedModel) -> None:  # noqa: B027
         """Makes a model give what `loss` takes, where it does not by itself."""
@@ -226,6 +251,10 @@ class Task(ABC):
         """Rows that are equal in these columns stay on one side where a part is held out."""
         return self.inputs
 
+    def unpack(self, table: Dataset) -> Dataset:
+        """A table as it was read, with what nested columns hold in columns of their own."""
+        return table
+
     def look_at(self, columns: Sequence[str]) -> None:  # noqa: B027
         """Is told of the columns that a file has, before those that are required are looked for."""
 
@@ -323,4 +352,6 @@ def for_model(model: Any) -> type[Task] | None:
 
 def peft_type(auto_class: str) -> str | None:
     """What PEFT calls the task of a model class."""
+    if auto_class == "AutoModelForCausalLM":  # the other class of tasks whose models write, see `model.load`
+        return "CAUSAL_LM"
     return next((task.peft_type for task in map(load, names()) if task.auto_class == auto_class), None)

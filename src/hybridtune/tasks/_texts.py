@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 
     from ..recipe import Recipe
 
+# Of scripts without spaces every character is a word.
+_WORD = re.compile("[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|"
+                   "(?:(?![\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])\\w)+|[^\\w\\s]")  # fmt: skip
+_SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？]*")
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_KANA = re.compile("[\u3041-\u30ff]")
+NO_SPACES = ("zh", "ja")
+_LANGUAGES = {"zh": "zh", "zho": "zh", "cmn": "zh", "yue": "zh", "ja": "ja", "jpn": "ja"}
+_LOOKED_AT = 1000  # texts whose script is looked at
+
 
 class TextTask(tasks.Task):
     """Rows of `text`, or `text` and `text_pair`, which one sequence model reads; the target is of the whole row.
@@ -178,3 +188,35 @@ def _text(value: Any) -> str:
 def _fill(template: str, **values: str) -> str:
     """Fills `{text}` in; other braces stay (a JSON example in a template is no mistake)."""
     return re.sub(r"\{(text_pair|text)\}", lambda match: values.get(match.group(1), ""), template)
+
+
+def word_places(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text begin and end: runs of letters and digits, single signs, single Chinese or Japanese
+    characters."""
+    return [found.span() for found in _WORD.finditer(text)]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, without the spaces around them."""
+    return [found.group().strip() for found in _SENTENCE.finditer(text) if found.group().strip()]
+
+
+def script_of(texts: Sequence[str], language: str | None = None) -> str:
+    """How the words of texts are told apart.
+
+    Args:
+        texts: their characters tell, where no language does.
+        language: a code such as zh, zh_CN, zho_Hans or ja_XX.
+
+    Returns:
+        "zh" or "ja", whose words have no spaces between them; "latin" where all letters but very few are a to z; else
+        "other".
+    """
+    known = _LANGUAGES.get(re.split("[_-]", (language or "").lower())[0])
+    if known:
+        return known
+    letters = "".join(character for text in texts[:_LOOKED_AT] for character in text if character.isalpha())
+    han, kana = len(_HAN.findall(letters)), len(_KANA.findall(letters))
+    if 2 * (han + kana) > len(letters):
+        return "ja" if 20 * kana > han + kana else "zh"
+    return "latin" if 100 * sum(map(str.isascii, letters)) >= 99 * len(letters) else "other"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
@@ -13,7 +12,7 @@ from .. import tasks
 from ..data.checking import check
 from ..data.checking.answers import answers_of
 from . import Logits, Stats, _squad, metrics
-from ._texts import pad_on_the_right
+from ._texts import pad_on_the_right, sentences
 from ._windows import of_rows, windows
 from .metrics import Interval
 
@@ -31,7 +30,6 @@ NEVER = -1e4  # a logit that half precision can hold and no softmax notices
 NOTHING = ("", -1)  # an answer and where it begins
 # For each row the score of no answer, and the best pieces of its context, by their characters, with theirs.
 Candidates: TypeAlias = list[tuple[float, dict[tuple[int, int], float]]]
-_SENTENCE = re.compile(r"[^.!?。！？\n]+[.!?。！？]*")
 
 
 class Task(tasks.Task):
@@ -366,7 +364,7 @@ def _most_alike(train: Sequence[str], questions: Sequence[str], contexts: Sequen
     words = TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True).fit([*dict.fromkeys(train)])
     answers = []
     for question, context in zip(questions, contexts, strict=True):
-        sentences = [found.group().strip() for found in _SENTENCE.finditer(context)] or [""]
-        alike = (words.transform(sentences) @ words.transform([question]).T).toarray().ravel()
-        answers.append(sentences[int(alike.argmax())])
+        found = sentences(context) or [""]
+        alike = (words.transform(found) @ words.transform([question]).T).toarray().ravel()
+        answers.append(found[int(alike.argmax())])
     return answers

@@ -15,7 +15,7 @@ from ..data.checking import check
 from ..data.checking.rows import place
 from ..errors import DataError
 from . import Logits, Stats
-from ._texts import pad_on_the_right
+from ._texts import pad_on_the_right, word_places
 from ._windows import of_rows, windows
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 OUTSIDE = "O"
 SHOWN = 10
 EXAMPLE = 300  # characters
-# Of scripts without spaces every character is a word.
-_WORD = re.compile("[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|"
-                   "(?:(?![\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])\\w)+|[^\\w\\s]")  # fmt: skip
 _LETTERS = {"L": "E", "U": "S", "M": "I"}
 _PREFIXED = re.compile(r"[BIESLUM]-.+$")
 
@@ -382,12 +379,6 @@ class Task(tasks.Task):
             found = [{label for label, _, _ in entities(tags)} or set(tags) for tags in _gold(rows)]
         counts: Counter[Any] = Counter(label for labels in found for label in labels)
         return [sorted(labels, key=lambda label: (counts[label], label)) for labels in found]
-
-
-def word_places(text: str) -> list[tuple[int, int]]:
-    """Where the words of a text begin and end: runs of letters and digits, single signs, single Chinese or Japanese
-    characters."""
-    return [found.span() for found in _WORD.finditer(text)]
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:

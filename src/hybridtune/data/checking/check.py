@@ -11,14 +11,18 @@ from .findings import Finding
 from .labels import label_names, label_table, split_labels
 from .question_answering import check_question_answering
 from .regression import check_regression
+from .summarization import check_summarization
 from .tagging import check_tagging
+from .translation import check_translation
 
 __all__ = [
     "Finding",
     "check_classification",
     "check_question_answering",
     "check_regression",
+    "check_summarization",
     "check_tagging",
+    "check_translation",
     "label_names",
     "label_table",
     "split_labels",

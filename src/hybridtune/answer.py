@@ -1,0 +1,98 @@
+"""Runs a model over items: the longest first, in batches of one length, results back in the items' order."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import engine as engines
+from .engine import Engine, proof
+from .guard import is_out_of_memory
+from .tasks import Task
+
+BATCH = 32  # items at a time
+Compute = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+def answers(
+    model: PreTrainedModel, task: Task, items: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> list[np.ndarray]:
+    """What a model answers: for every item its logits, float32, or the tokens that it wrote, int64.
+
+    A model that writes is run with padding: it computes a token at a time, and its cache has a place for every row.
+    """
+    asked = task.questions(items, tokenizer)
+    return run(
+        model,
+        asked,
+        tokenizer,
+        batch_size,
+        lambda batch: task.respond(model, batch),
+        per_token=task.per_token,
+        fast=not task.writes,
+    )
+
+
+def run(
+    model: PreTrainedModel,
+    items: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    compute: Compute,
+    *,
+    per_token: bool = False,
+    fast: bool = True,
+) -> list[np.ndarray]:
+    """Computes something of all items.
+
+    Args:
+        model: put into evaluation mode.
+        items: the columns that it takes.
+        tokenizer: pads them.
+        batch_size: items at a time; halved where memory does not suffice.
+        compute: of a batch, something with an entry for each of its items.
+        per_token: whether that has a place for every token.
+        fast: whether it runs through the engine, without padding.
+
+    Returns:
+        An array an item, in their order; of what has a place for every token, without those of padding.
+
+    Raises:
+        RuntimeError: out of memory with a single item.
+    """
+    device, collate = next(model.parameters()).device, DataCollatorWithPadding(tokenizer)
+    model.eval()
+    rows = items.to_list()
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
+    results: dict[int, np.ndarray] = {}
+    engine: Engine | None = None
+    with torch.inference_mode():
+        while order:
+            numbers = order[:batch_size]
+            try:
+                batch = {key: value.to(device) for key, value in collate([rows[n] for n in numbers]).items()}
+                few = proof.rows_of_batch(batch) if fast and engine is None else None
+                engine = engines.start(model, few) if few else engine
+                with engine.open() if engine else nullcontext():
+                    found = compute(batch)
+                given = (found.float() if found.is_floating_point() else found).cpu().numpy()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(numbers) == 1:
+                    raise
+                batch_size = -(-len(numbers) // 2)
+                given = None
+            if given is None:  # outside of the handler, whose error holds what was computed
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            for number, answer in zip(numbers, given, strict=True):
+                results[number] = answer[: len(rows[number]["input_ids"])] if per_token else answer
+            del order[: len(numbers)]
+    return [results[number] for number in range(len(rows))]

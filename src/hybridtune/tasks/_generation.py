@@ -1,0 +1,313 @@
+"""What tasks share whose models write a text, token by token: encoder-decoders and decoders alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+
+from .. import tasks
+from ..data.checking import check
+from ..errors import RecipeError
+from . import Logits, Stats, _writing
+from ._prompts import Prompts
+from ._texts import NO_SPACES, pad_on_the_right, script_of, word_places
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..recipe import Recipe
+
+IGNORED = -100
+GENERATE_ON = 200  # rows: one standard error of a corpus BLEU of 30 is about 1 there
+SHOWN = 10
+EXAMPLE = 300  # characters
+REPEATED = 4  # times that three words stand in a text which repeats itself
+
+
+class WritingTask(tasks.Task):
+    """Rows of a text and what is to be written about it; perhaps `references`, other texts that would be as right.
+
+    Args:
+        template: what the model is told, with a place for the text.
+        settings: of `generate`, that the recipe gives; the model's own count besides.
+        generate_on: on how many validation rows it writes during training.
+        script: of what is written, as `_texts.script_of` has it; found out from train where not given.
+        hints: the user's own names of columns.
+    """
+
+    auto_class = "AutoModelForSeq2SeqLM"  # of a decoder alone see `model.load`
+    peft_type = "SEQ_2_SEQ_LM"
+    writes = True
+    answer = "text"
+    keys: tuple[str, ...] = ("template", "generate_on", *_writing.SETTINGS)
+    target: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        template: str | None = None,
+        settings: dict[str, Any] | None = None,
+        generate_on: int = GENERATE_ON,
+        script: str = "",
+        hints: dict[str, str] | None = None,
+    ) -> None:
+        self.template, self.generate_on, self.script = template, generate_on, script
+        self.settings = {"max_new_tokens": _writing.MAX_NEW_TOKENS, **(settings or {})}
+        self.hints = dict(hints or {})
+        self.encoder_decoder = True  # `prepare` is told by the model
+        self._tokenizer: Any = None
+        self._config: Any = None  # the model's generation_config
+
+    @classmethod
+    def arguments(cls, recipe: Recipe) -> dict[str, Any]:
+        """What the recipe says of all these tasks, as arguments.
+
+        Raises:
+            RecipeError: the template has no place for the text, or a setting is of beams and there is one alone.
+        """
+        place = f"{{{cls.inputs[0]}}}"
+        if recipe.template is not None and place not in recipe.template:
+            raise RecipeError(
+                f"template: has no place for the {cls.inputs[0]}",
+                found=recipe.template,
+                expected=f"such as: '{cls.__module__.rpartition('.')[2]}: {place}'",
+            )
+        given = {"settings": _writing.settings_of(recipe), "template": recipe.template, "hints": recipe.data.columns}
+        return given | ({"generate_on": recipe.generate_on} if recipe.generate_on else {})
+
+    def state(self) -> dict[str, Any]:
+        """How texts are put before the model and how it writes."""
+        keys = ("name", "template", "settings", "generate_on", "script", "hints")
+        return {key: getattr(self, key) for key in keys}
+
+    def model_config(self) -> dict[str, Any]:
+        """Nothing: `prepare` tells the model how to write."""
+        return {}
+
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Pads on the right, and tells the model's generation_config how it writes and where it ends.
+
+        Raises:
+            ModelError: it sees the words that it is to write, nothing tells it where to begin, or no token to end.
+        """
+        _writing.refuse_encoders(model)
+        pad_on_the_right(model, tokenizer)
+        self.encoder_decoder, self._tokenizer = bool(model.config.is_encoder_decoder), tokenizer
+        prompts = self._prompts(tokenizer)
+        prompts.refuse()
+        self._config = _writing.set_up(model, tokenizer, self.settings, prompts.end)
+
+    def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+        return Prompts(tokenizer, self.template, f"{{{self.inputs[0]}}}", self.encoder_decoder)
+
+    def target_limit(self, limit: int) -> int:
+        """As many as the model may write, but of a decoder's text no more than half."""
+        return min(int(self.settings["max_new_tokens"]), limit if self.encoder_decoder else limit // 2)
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
+        """Tokens of rows. To a decoder alone a row is one text: `prompt` tells how many tokens it is given of it.
+
+        `target_length` is that of the whole target; of one longer than `max_new_tokens` the rest is not learnt.
+        """
+        prompts, longest = self._prompts(tokenizer), self.target_limit(limit)
+        room = limit if self.encoder_decoder else limit - longest
+        given, lengths, unknown = prompts.said(_texts(rows, self.inputs[0]), room)
+        columns: dict[str, Any] = {"input_ids": given, "length": [length + limit - room for length in lengths]}
+        columns["unknown"] = unknown
+        if self.target in rows.column_names:
+            found = prompts.written(_texts(rows, self.target), longest)
+            columns |= dict(zip(("labels", "target_length", "target_unknown"), found, strict=True))
+        if not self.encoder_decoder:
+            columns["prompt"] = [len(ids) for ids in given]
+            if written := columns.get("labels"):
+                columns["input_ids"] = [a + b for a, b in zip(given, written, strict=True)]
+                columns["labels"] = [[IGNORED] * len(a) + b for a, b in zip(given, written, strict=True)]
+        columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+        return Dataset.from_dict(columns)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
+        """Pads labels too."""
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)  # type: ignore[return-value]
+
+    def questions(self, items: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Without what the model is to write."""
+        if "prompt" not in items.column_names:
+            return super().questions(items, tokenizer)
+        given = [ids[:count] for ids, count in zip(items["input_ids"][:], items["prompt"][:], strict=True)]
+        return Dataset.from_dict({"input_ids": given, "attention_mask": [[1] * len(ids) for ids in given]})
+
+    def respond(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tokens that it writes, [rows, tokens], those behind the end padded."""
+        return _writing.write(model, batch, int(self.settings["max_new_tokens"]))
+
+    def difference(self, ours: Logits, theirs: Logits) -> float:
+        """The share of rows for which something else is written."""
+        return float(np.mean([a != b for a, b in zip(map(self._own, ours), map(self._own, theirs), strict=True)]))
+
+    def loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Cross-entropy of the tokens to be written, summed, over those of the global batch."""
+        from torch.nn.functional import cross_entropy
+
+        shift = 0 if self.encoder_decoder else 1  # a decoder alone predicts the next token of its own text
+        logits = outputs["logits"][:, : labels.shape[1] - shift]
+        labels = labels[:, shift:].to(logits.device)
+        exact = logits.float() if logits.element_size() < 4 else logits
+        total = cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (labels.ne(IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _own(self, ids: np.ndarray) -> list[int]:
+        """The tokens of a text up to its end, without one that is forced to come first, such as its language."""
+        written: list[int] = ids.tolist()
+        end = next((at for at, one in enumerate(written) if one in self._ends), len(written))
+        return written[1 if written[:1] == [self._config.forced_bos_token_id] else 0 : end]
+
+    @property
+    def _ends(self) -> set[int]:
+        """The tokens that a text may end with."""
+        ends = self._config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    def texts(self, answers: Logits) -> list[str]:
+        """What was written."""
+        told = self._tokenizer.batch_decode([self._own(ids) for ids in answers], skip_special_tokens=True)
+        return [text.strip() for text in told]
+
+    def decode(self, logits: Logits, items: Dataset, rows: Dataset) -> list[dict[str, Any]]:
+        """`text`: what was written."""
+        return [{"text": text} for text in self.texts(logits)]
+
+    def say(self, prediction: dict[str, Any]) -> str:
+        """The text."""
+        return str(prediction["text"])
+
+    def golds(self, rows: Dataset) -> list[list[str]]:
+        """For each row the texts that would be right."""
+        more = rows["references"][:] if "references" in rows.column_names else [None] * len(rows)
+        return [
+            [text, *(str(one) for one in ([others] if isinstance(others, str) else others or []) if one)]
+            for text, others in zip(_texts(rows, self.target), more, strict=True)
+        ]
+
+    def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
+        """What the scores are computed from, and how the texts look."""
+        cut = np.array([not self._ends & set(ids.tolist()) for ids in logits])
+        return {**self.stats(self.texts(logits), rows), "cut": cut}
+
+    def stats(self, texts: Sequence[str], rows: Dataset) -> Stats:
+        """The same of texts that no model has written."""
+        golds = self.golds(rows)
+        looks = [
+            (len(text), np.mean(list(map(len, gold))), not text, _repeats(text), _copied(text, source), text in gold)
+            for text, gold, source in zip(texts, golds, _texts(rows, self.inputs[0]), strict=True)
+        ]
+        names = ("characters", "gold_characters", "empty", "repeats", "copied", "exact")
+        columns = dict(zip(names, map(np.array, zip(*looks, strict=True)), strict=True))
+        return {**self.scores(texts, golds), **columns}
+
+    @abstractmethod
+    def scores(self, texts: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
+        """For each text what the metrics are computed from."""
+
+    @abstractmethod
+    def each(self, stats: Stats) -> np.ndarray:
+        """A score of each row by itself, by which rows are shown."""
+
+    @property
+    @abstractmethod
+    def signatures(self) -> dict[str, str]:
+        """How the metrics are computed, so that others can do the same."""
+
+    def right(self, stats: Stats) -> np.ndarray:
+        """Whether the text is exactly one of the right ones."""
+        return np.asarray(stats["exact"]).astype(bool)
+
+    def learn_script(self, train: Dataset, language: str | None = None) -> list[check.Finding]:
+        """Finds out how words are told apart, and says so where they have no spaces between them."""
+        texts = _texts(train, self.target)
+        self.script = self.script or script_of(texts, language)
+        if self.script not in NO_SPACES:
+            return []
+        told = ", ".join(f"{name} {how}" for name, how in self.signatures.items())
+        did = f"words have no spaces between them there: {told}"
+        return [check.Finding("no_spaces", "train", len(texts), did, "info", [])]
+
+    def strata(self, rows: Dataset) -> None:
+        """All rows are alike."""
+
+    def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
+        """How long the texts of each split are, in characters: medians and the longest."""
+        found = []
+        for name, rows in splits.items():
+            entry: dict[str, Any] = {"split": name}
+            for column in (self.inputs[0], self.target):
+                lengths = [len(text) for text in _texts(rows, column)]
+                entry |= {f"{column}_median": float(np.median(lengths)), f"{column}_longest": max(lengths)}
+            found.append(entry)
+        return {"written": found}
+
+    def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """How the texts look, and the best and the worst of them beside what would have been right."""
+        order = np.argsort(self.each(stats), kind="stable")
+        texts, golds = _texts(rows, self.inputs[0]), self.golds(rows)
+
+        def shown(numbers: np.ndarray) -> list[dict[str, Any]]:
+            return [
+                {
+                    "row": rows["_row"][int(at)],
+                    "text": texts[at][:EXAMPLE],
+                    "gold": " / ".join(golds[at])[:EXAMPLE],
+                    "predicted": predictions[at]["text"][:EXAMPLE],
+                }
+                for at in numbers
+            ]
+
+        count = min(SHOWN, -(-len(order) // 2))
+        written = {
+            "length_ratio": float(stats["characters"].sum() / max(stats["gold_characters"].sum(), 1)),
+            "copied": float(stats["copied"].mean()),
+            **{name: int(stats[key].sum()) for name, key in (("exact", "exact"), ("empty", "empty"))},
+            "repeating": int(stats["repeats"].sum()),
+            "cut_off": int(stats["cut"].sum()),
+        }
+        return {
+            "signatures": self.signatures,
+            "written": written,
+            "best_rows": shown(order[::-1][:count]),
+            "worst_rows": shown(order[:count]),
+        }
+
+    @property
+    def reading(self) -> str:
+        """What the model is told, and how it writes."""
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        told = f"It is told `{self.template}`. " if self.template else ""
+        return f"{told}Its generation_config.json says how it writes: {settings}. `hybridtune predict` does both."
+
+
+def _texts(rows: Dataset, column: str) -> list[str]:
+    return ["" if value is None else str(value) for value in rows[column][:]]
+
+
+def _repeats(text: str) -> bool:
+    """Whether three words stand in it again and again."""
+    words = [text[slice(*place)] for place in word_places(text)]
+    runs = Counter(zip(words, words[1:], words[2:], strict=False))
+    return max(runs.values(), default=0) >= REPEATED
+
+
+def _copied(text: str, source: str) -> float:
+    """The share of its pairs of words that stand in the source."""
+    mine, theirs = (list(pairwise([one[slice(*place)] for place in word_places(one)])) for one in (text, source))
+    there = set(theirs)
+    return sum(pair in there for pair in mine) / len(mine) if mine else 0.0

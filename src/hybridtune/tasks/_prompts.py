@@ -1,0 +1,139 @@
+"""What a model that writes is given of a row, and what it is to write, as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError
+from ._texts import count_unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = "hybridtune"  # stands for an answer where it is looked what a chat template puts behind one
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Puts rows before a model.
+
+    Args:
+        tokenizer: the model's.
+        template: what is said, with a place for the row's text.
+        place: that place, such as {source}.
+        encoder_decoder: whether what is said and what is written are two texts; else the one continues the other.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    place: str
+    encoder_decoder: bool
+
+    @property
+    def chat(self) -> bool:
+        """Whether what is said is a user's message, in the tokenizer's own format."""
+        return not self.encoder_decoder and bool(self.tokenizer.chat_template)
+
+    def refuse(self) -> None:
+        """Refuses a decoder that could not tell where its answer begins.
+
+        Raises:
+            ModelError: it has no chat template, and no template says so.
+        """
+        if self.encoder_decoder or self.chat:
+            return
+        if self.template is None or self.template.endswith(self.place):
+            raise ModelError(
+                "template: a decoder without a chat template has to be told where its answer begins",
+                found=self.template,
+                expected=f"words behind {self.place}",
+                mend=f"such as template: '{self.place}\\nAnswer: '",
+            )
+
+    @property
+    def end(self) -> int:
+        """The token that ends what is written.
+
+        Raises:
+            ModelError: the tokenizer has none.
+        """
+        end = self.tokenizer.eos_token_id
+        end = self.tokenizer.sep_token_id if end is None else end
+        if self.chat:
+            talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+            behind = self.tokenizer.apply_chat_template(talk, tokenize=False).rpartition(_MARK)[2].strip()
+            ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"]
+            end = ids[0] if ids and ids[0] in self.tokenizer.added_tokens_decoder else end
+        if end is None:
+            raise ModelError(
+                "the tokenizer has no token that ends a text: what the model writes would never end",
+                expected="an eos_token",
+                mend="give one: tokenizer.add_special_tokens({'eos_token': ...}), and save it beside the model",
+            )
+        return int(end)
+
+    def said(self, texts: Sequence[str], room: int) -> tuple[list[list[int]], list[int], list[int]]:
+        """Tokens of what is said; of texts that are too long the end is cut off, and never the template.
+
+        Returns:
+            For each text its tokens, their number before it was cut, and how many of them are unknown.
+        """
+        full = self._tokens(texts)
+        return (
+            [ids if len(ids) <= room else self._cut(text, ids, room) for text, ids in zip(texts, full, strict=True)],
+            [len(ids) for ids in full],
+            count_unknown(full, self.tokenizer),
+        )
+
+    def written(self, texts: Sequence[str], room: int) -> tuple[list[list[int]], list[int], list[int]]:
+        """Tokens of what is to be written. It ends with `end`, but for a text that is cut: that does not end there.
+
+        Returns:
+            For each text its tokens, their number before it was cut, and how many of them are unknown.
+        """
+        end = self.end
+        found = [ids if end in ids else [*ids, end] for ids in self._plain(texts, None)]
+        lengths, unknown = [len(ids) for ids in found], count_unknown(found, self.tokenizer)
+        long = [at for at, length in enumerate(lengths) if length > room]
+        if long:
+            for at, ids in zip(long, self._plain([texts[at] for at in long], room), strict=True):
+                found[at] = ids[:-1] if ids[-1] == end else ids
+        return found, lengths, unknown
+
+    def _plain(self, texts: Sequence[str], room: int | None) -> list[list[int]]:
+        """Tokens of what is to be written, as the tokenizer gives them; cut where they are more than there is room."""
+        how = {"verbose": False} if room is None else {"truncation": True, "max_length": room}
+        if self.encoder_decoder:
+            ids: list[list[int]] = self.tokenizer(text_target=list(texts), **how)["input_ids"]
+            return ids
+        words = [f"{self._space}{text}" for text in texts]
+        continued: list[list[int]] = self.tokenizer(words, add_special_tokens=False, **how)["input_ids"]
+        return continued
+
+    @property
+    def _space(self) -> str:
+        """The space at the end of a template belongs to the answer: tokens of words begin with it."""
+        return " " if self.template is not None and self.template.endswith(" ") and not self.chat else ""
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        said = [text if self.template is None else self.template.replace(self.place, text) for text in texts]
+        if self.chat:
+            talks = [[{"role": "user", "content": words}] for words in said]
+            ids: list[list[int]] = self.tokenizer.apply_chat_template(
+                talks, add_generation_prompt=True, return_dict=False
+            )
+            return ids
+        said = said if self.encoder_decoder else [words.rstrip(" ") for words in said]
+        found = self.tokenizer(said, verbose=False)["input_ids"]
+        if self.encoder_decoder:
+            return [ids or [self.end] for ids in found]
+        # Some tokenizers end every text; what is to be continued has no end.
+        return [(ids[:-1] if ids and ids[-1] == self.end else ids) or [self.end] for ids in found]
+
+    def _cut(self, text: str, ids: list[int], room: int) -> list[int]:
+        while len(ids) > room and text:
+            text = text[: min(len(text) - 1, len(text) * room // len(ids))]
+            (ids,) = self._tokens([text])
+        return ids[-room:]  # a template longer than there is room
