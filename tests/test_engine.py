@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tiny
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
 
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
@@ -342,6 +343,38 @@ def test_no_logits_of_a_language_model_are_made(name: str) -> None:
     assert found.seam is not None
     assert found.seam.frozen is not None
     assert seen.rows == 0
+
+
+def test_rows_from_all_over_the_training_data() -> None:
+    """The longest stands last; numbers that a collator draws are none of the training's."""
+    data = [{"input_ids": [2] * 3} for _ in range(999)] + [{"input_ids": [2] * 9}]
+
+    def collate(rows: list[Any]) -> Any:
+        torch.rand(3)
+        random.random()
+        return DataCollatorWithPadding(tiny.tokenizer())(rows)
+
+    before = torch.get_rng_state(), random.getstate()
+    found = proof.rows_of_dataset(data, collate)
+    assert found is not None
+    assert len(found["input_ids"]) == proof.LOOKED_AT
+    assert found["attention_mask"].sum(1).max() == 9
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert proof.rows_of_dataset(iter(data), collate) is None
+    assert proof.rows_of_dataset([], collate) is None
+    assert proof.rows_of_dataset([{"text": "a"}], collate) is None, "what cannot be collated is left to the training"
+
+
+def test_where_all_have_one_length_a_row_is_shortened() -> None:
+    """In its middle: the end token stays, and so does what belongs to a token."""
+    row = {"input_ids": [2, 4, 5, 6, 7, 3], "attention_mask": [1] * 6, "labels": [0, 1, 2, 3, 4, 5]}
+    found = proof.rows_of_dataset([row] * 3, DataCollatorForTokenClassification(tiny.tokenizer()))
+    assert found is not None
+    assert found["input_ids"].tolist()[3] == [2, 4, 5, 3, 0, 0]
+    assert found["labels"].tolist()[3] == [0, 1, 2, 5, -100, -100]
+    assert found["attention_mask"].tolist()[3] == [1, 1, 1, 1, 0, 0]
+    assert proof.rows_of_batch(found) is not None
 
 
 def test_of_long_rows_there_are_two() -> None:

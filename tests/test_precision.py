@@ -25,7 +25,8 @@ import hybridtune
 from hybridtune import checkpoint, environment
 from hybridtune.console import Console
 from hybridtune.engine import Caches, precision
-from hybridtune.engine.precision import FASTER, LONGEST, REPEATS, ROWS, Casts, Choice, Probe, choose, compare
+from hybridtune.engine.casts import Casts
+from hybridtune.engine.precision import FASTER, LONGEST, REPEATS, ROWS, Choice, Probe, choose, compare
 from hybridtune.errors import RecipeError
 from hybridtune.recipe import Recipe, Stage, Strategy
 from hybridtune.train import HybridTrainer

@@ -16,6 +16,7 @@ from test_engine import padded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybridtune import engine
 from hybridtune.engine import vocabulary
 from hybridtune.engine.vocabulary import Vocabulary
 from hybridtune.recipe import Stage
@@ -410,6 +411,28 @@ def test_where_it_cannot_be_on_the_run_says_so_and_trains_as_trainer_does(tmp_pa
     assert not on.vocabulary.on
     torch.manual_seed(0)
     assert found == pytest.approx(losses(trainer(make(), tmp_path / "off", "off")), rel=1e-4)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without numbers, and without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(rows(48))
+
+
+def test_rows_without_numbers_are_tried_before_a_batch_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the losses of its pieces, which are means, would be added up."""
+    monkeypatch.setattr(engine, "start", lambda *_: engine.Engine(None, "padding, so that there is something to cut"))
+
+    def made(asked: str) -> HybridTrainer:
+        torch.manual_seed(0)
+        one = trainer(OTHERS["a bias behind the head"][0](), tmp_path / asked, asked, batch=24)
+        one.train_dataset = Stream()
+        return one
+
+    with pytest.warns(UserWarning, match="engine: logits of all tokens at once"):
+        found = losses(made("auto"))
+    assert found == pytest.approx(losses(made("off")), rel=1e-4)
 
 
 def test_a_loss_of_the_users_own_stays(tmp_path: Path) -> None:

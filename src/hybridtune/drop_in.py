@@ -22,7 +22,8 @@ from .errors import MethodError
 from .origin import base_of
 from .recipe import Rule, Stage, Strategy, Training
 from .resolve import resolve
-from .train import HybridTrainer, Tuned, save_pretrained
+from .train import HybridTrainer
+from .tuned import Tuned, save_pretrained
 
 Trainer = HybridTrainer
 

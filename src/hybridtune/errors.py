@@ -76,6 +76,11 @@ class RunError(UserError):
     """A run folder that is missing, taken, incomplete or damaged."""
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Returns the known word that `word` was probably meant to be, or is the end of ("f1", "macro_f1"), or None."""
     known = list(known)

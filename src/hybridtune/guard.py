@@ -12,7 +12,7 @@ from torch import nn
 
 from . import staging
 from .checkpoint import DELTA
-from .engine.microbatch import is_rows
+from .engine.batches import is_rows
 from .errors import TrainingError
 
 _SHOWN = 5  # rows that a message names

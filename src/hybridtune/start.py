@@ -22,7 +22,7 @@ from . import model as models
 from .anatomy import Anatomy
 from .checkpoint import ABOUT, MANIFEST, Base
 from .compose import Assembly, Attachment
-from .errors import ModelError, PartError
+from .errors import ModelError, PartError, first_line
 from .files import read_json
 from .methods import lora
 from .methods._peft import name_in_file
@@ -254,7 +254,7 @@ def _read(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
                 yield name.removeprefix("base_model.model."), file.get_tensor(name)
     except Exception as error:
-        raise ModelError(f"model {path}: cannot be read", found=str(error).splitlines()[0]) from None
+        raise ModelError(f"model {path}: cannot be read", found=first_line(error)) from None
 
 
 def _labels(base: Base) -> dict[str, str]:

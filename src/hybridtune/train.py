@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -40,8 +39,9 @@ from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
 from .engine import Caches, Engine, proof, vocabulary
-from .engine.microbatch import by_length, by_tokens, is_rows
-from .engine.precision import Casts
+from .engine.batches import is_rows
+from .engine.casts import Casts
+from .engine.microbatch import by_length, by_tokens
 from .engine.vocabulary import Vocabulary
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
@@ -49,73 +49,9 @@ from .origin import base_of, new_of
 from .recipe import Stage, Strategy, Training, read_strategy
 from .resolve import resolve
 from .stage import METRICS, StageLog
+from .tuned import Tuned, save_pretrained
 
 _NOT_GIVEN = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-
-
-@dataclass
-class Tuned:
-    """What has been put on a model, kept on it as `_hybridtune` for the next trainer to find.
-
-    Attributes:
-        assembly: the model and what is on it.
-        base: what it was loaded from.
-        strategy: the one stage that a trainer without a strategy of its own runs.
-    """
-
-    assembly: Assembly
-    base: Base
-    strategy: Strategy
-
-    @classmethod
-    def by(cls, strategy: str, stage: Stage, assembly: Assembly, base: Base) -> Tuned:
-        """What a stage has put there. Its rules are trained on; for how long, the next trainer's arguments say."""
-        return cls(assembly, base, Strategy(name=strategy, stages=[Stage(name=stage.name, rules=stage.rules)]))
-
-
-def save_pretrained(
-    model: Any,
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    push_to_hub: bool = False,
-    **kwargs: Any,
-) -> None:
-    """Stands in for a tuned model's own `save_pretrained`, whose files no `from_pretrained` could read rightly.
-
-    Args:
-        model: the model; one that nothing sits on is saved as transformers does.
-        save_directory: where to.
-        is_main_process: whether this process writes.
-        state_dict: only where nothing sits on the model.
-        push_to_hub: whether to upload it too, to the repository `repo_id`, or one that is called as the folder.
-        **kwargs: as transformers takes them.
-
-    Raises:
-        RecipeError: something is asked for that cannot be done with a delta.
-    """
-    there: Tuned | None = getattr(model, "_hybridtune", None)
-    if there is None or not there.assembly.attachments:
-        if is_main_process:  # an earlier delta would be read instead
-            (Path(save_directory) / checkpoint.MANIFEST).unlink(missing_ok=True)
-        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-        return
-    undone = ["state_dict"] if state_dict is not None else []
-    undone += [key for key in ("variant", "distributed_checkpoint") if kwargs.get(key)]
-    if undone:
-        raise RecipeError(
-            f"save_pretrained: {', '.join(undone)} cannot be kept: the model is saved as a delta of its own weights",
-            found=f"{there.assembly.attachments[0]} on it",
-            mend="leave it out; put other weights into the model first, with load_state_dict",
-        )
-    if is_main_process:
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        strategy = there.strategy.model_dump(mode="json", exclude_none=True)
-        checkpoint.write(folder, there.assembly, there.base, strategy=strategy)
-        model.config.save_pretrained(folder)
-        if push_to_hub:  # saves once more, into a folder of its own
-            model.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)
 
 
 class HybridTrainer(Trainer):  # type: ignore[misc]
@@ -563,8 +499,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
         rows = proof.rows_of_dataset(self.train_dataset, collate)
         if rows is not None:
-            self._try_vocabulary(rows)
-            self._try_engine(rows)
+            self._try_on(rows)
         self._refuse_to_cut(self._exact)
 
     def _refuse_to_cut(self, possible: bool) -> None:
@@ -581,6 +516,13 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             found=f"the model's own loss ({reason})" if reason else "another loss (your own, or Trainer's)",
             mend="leave it out, and lower per_device_train_batch_size instead",
         )
+
+    def _try_on(self, rows: Any) -> None:
+        """Tries what has not been tried yet. The loss comes first: whether a batch may be cut depends on it."""
+        if self.vocabulary is None and rows.get("labels") is not None:
+            self._try_vocabulary(rows)
+        if self.engine is None:
+            self._try_engine(rows)
 
     def _try_vocabulary(self, inputs: Any) -> None:
         """Goes back to Trainer's loss (or the task's), and says so, where a few rows show that a model's is another."""
@@ -623,7 +565,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
-        if self.vocabulary is None:
+        if self.vocabulary is None:  # outside of a step
             self._try_vocabulary(inputs)
         if self._task is not None:
             inputs = self._task.with_labels(inputs)
@@ -638,8 +580,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     @contextmanager
     def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
         """Runs rows without padding, where the model has shown, at the latest on these, that it gives the same so."""
-        if self.engine is None:
-            self._try_engine(inputs)
+        self._try_on(inputs)
         with (
             self.engine.open(self._casts) if self.engine else nullcontext(),
             self._casts.open() if self._casts else nullcontext(),

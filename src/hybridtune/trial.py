@@ -25,7 +25,7 @@ from . import model as models
 from . import start as starts
 from .engine import Caches
 from .engine.precision import Choice
-from .errors import TrainingError
+from .errors import TrainingError, first_line
 from .files import read_json, write_json
 from .memory import PeakMemory
 from .own_metrics import NO_METRICS, OwnMetrics
@@ -34,7 +34,8 @@ from .resolve import Plan
 from .stage import METRICS, SPEED
 from .start import Start
 from .tasks import Task, for_the_model
-from .train import HybridTrainer, Tuned
+from .train import HybridTrainer
+from .tuned import Tuned
 
 RESULT = "trial.json"
 # Keys of the recipe that TrainingArguments gets as they are.
@@ -181,7 +182,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
             raise
         raise TrainingError(
             f"strategy {strategy.name}: out of memory",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             mend="lower per_device_train_batch_size and raise gradient_accumulation_steps, or take a smaller strategy",
         ) from error
     metrics = {key.removeprefix("eval_"): value for key, value in _evaluated(trainer).items()}

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import first_line
 from ..layers import find_stacks
 from . import dropout, lora, proof, vocabulary
+from .casts import Casts, autocast_type
 from .frozen import Caches as Caches
-from .frozen import Frozen, Weights, in_evaluation
+from .frozen import Frozen, Weights
 from .frozen import depth as lowest_trained
-from .precision import Casts, autocast_type
+from .patch import in_evaluation
 from .seam import Seam
 
 # Of logits and hidden states. In half precision packed and padded differ by up to two roundings in tiny models, which
@@ -141,8 +143,7 @@ def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
             if not engine.seam.reached:
                 return "its attention does not go through transformers' interfaces"
     except WRONG as error:
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        return f"its layers cannot run packed ({said[:120]})"
+        return f"its layers cannot run packed ({first_line(error, 120)})"
     difference = proof.difference(packed, padded)
     dtype = autocast_type(padded.device) or padded.dtype  # accelerate gives logits back in fp32
     allowed = proof.allowed(dtype, WHOLE, ROUNDINGS)

@@ -1,8 +1,8 @@
 """Attention over a packed row: every row sees itself and no other.
 
-What the model would have called (sdpa, eager, the prefixes around them) is called for each group of rows of one length,
-without padding and so without a padding mask. Causality, windows and biases stay its own business: the group's mask is
-made by the same function, and only where the model asked for one.
+On a GPU one call may do it all (see `varlen`). Else what the model would have called (sdpa, eager, the prefixes around
+them) is called for each group of rows of one length, without padding and so without a padding mask. Causality, windows
+and biases stay its own business: the group's mask is made by the same function, and only where the model asked for one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .. import interface
-from . import dropout
+from . import dropout, varlen
 from .layout import Layout
 
 MARK = "hybridtune_packed_"
@@ -116,7 +116,13 @@ def attention(
     if mask is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     bias = kwargs.pop("position_bias", None)
-    if inner is sdpa_attention_forward and kwargs.get("dropout") and bias is None and query.device.type == "cpu":
+    function, p = mask.asked["mask_function"], kwargs.get("dropout") or 0.0
+    if inner is sdpa_attention_forward and bias is None and mask.queries is mask.keys and is_plain(function):
+        kernel = varlen.kernel_for(query, value, p)
+        if kernel is not None:
+            causal, states = function is causal_mask_function, (query, key, value)
+            return varlen.attention(kernel, module, states, mask.keys, causal, kwargs.get("scaling"), p), None
+    if inner is sdpa_attention_forward and p and bias is None and query.device.type == "cpu":
         inner = dropout.attention
         kwargs = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
     queries = mask.queries.split(query, 2)

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from .casts import autocast_type
 from .patch import patch
-from .precision import autocast_type
 
 _STEPS = 2**16
 

@@ -7,8 +7,8 @@ that layer: what is kept knows none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..model import digest_of
-from .microbatch import is_row
+from .batches import is_row
 from .store import Limits, Store, of_process
 
 LEAST = 64  # tokens that are computed at once
@@ -185,15 +185,3 @@ def keys_of(batch: dict[str, Any]) -> list[bytes]:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-@contextmanager
-def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """A model without dropout, and afterwards each module as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -111,6 +111,12 @@ class Layout:
         return self.groups[-1].length
 
     @cached_property
+    def bounds(self) -> torch.Tensor:
+        """[rows + 1] where each row of the packed row begins, and where the last one ends; 32-bit."""
+        ends = itertools.accumulate(length for _, length in self._rows)
+        return torch.tensor([0, *ends], dtype=torch.int32, device=self.index.device)
+
+    @cached_property
     def _rows(self) -> list[tuple[int, int]]:
         """Number and length of every row, in the packed row's order."""
         return [pair for group in self.groups for pair in zip(group.rows, group.lengths, strict=True)]

@@ -20,8 +20,8 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.nn import functional
 
+from .casts import Casts, autocast_type
 from .patch import patch
-from .precision import Casts, autocast_type
 
 
 class _Product(torch.autograd.Function):

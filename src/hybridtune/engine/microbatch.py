@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
+
+from .batches import is_rows
 
 MIN_ROWS = 8
 WASTE = 0.1
@@ -64,18 +65,6 @@ def _cut(
 def _ends_padded(mask: torch.Tensor) -> bool:
     """Whether padding is on the right alone, and there are no holes."""
     return bool((mask.cumprod(1) == mask).all())
-
-
-def is_rows(batch: Any) -> bool:
-    """Whether every entry of a batch has one row for each example."""
-    values = list(batch.values())
-    rows = len(values[0]) if torch.is_tensor(values[0]) and values[0].dim() else 0
-    return all(is_row(value, rows) for value in values)
-
-
-def is_row(value: Any, rows: int) -> bool:
-    """Whether something has an entry for each of so many examples."""
-    return torch.is_tensor(value) and value.dim() > 0 and len(value) == rows
 
 
 def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Puts something in the place of a module's method for a while."""
+"""Changes a model for a while: a method of a module, or the mode that it is in."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -13,3 +14,15 @@ def patch(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
     own = vars(module).get(name)  # others may have put one there too, as accelerate does
     undo.callback(setattr, module, name, own) if own is not None else undo.callback(delattr, module, name)
     setattr(module, name, value)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """A model without dropout, and afterwards each module as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,4 +1,4 @@
-"""bf16 where it is faster: measured once a machine, and frozen weights cast to it once instead of in every forward."""
+"""bf16 where it is faster: measured once a machine. What is cast for it, and when, stands in `casts.py`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..errors import RecipeError, RunError
 from ..files import read_json, write_json
 from ..recipe import Recipe
-from .patch import patch
 
 FASTER = 1.3  # from here on bf16 counts as faster: less would not pay for its rounding
 ROWS, FEW, WIDTHS = 512, 16, (768, 3072)  # tokens of a batch, of a first look, and a feed-forward matrix of BERT's
@@ -202,58 +199,3 @@ def _processor() -> str:
         if names:
             return names[0]
     return platform.processor() or platform.machine()
-
-
-def autocast_type(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in here; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
-class Casts:
-    """Copies of a model's frozen linear weights in the type that autocast would cast them to in every forward.
-
-    The weights themselves stay as they are: while `open()` is entered, forwards compute with the copies, and nothing
-    else sees them. A checkpoint in the middle of a stage, a fingerprint, a merge and the user's callbacks find the fp32
-    originals, of which nothing has to be given back. What is trained is never copied, and a copy of what was loaded
-    anew, or trained for a while, is made again.
-
-    Copies take half the bytes of the fp32 weights, beside them, for as long as this object lives. Plain autocast has as
-    much from every forward to its backward, which needs the cast weights.
-
-    Args:
-        model: as a stage has it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._linear = [
-            module
-            for module in model.modules()
-            if type(module).forward is nn.Linear.forward and "weight" in module._parameters  # no parametrization
-        ]
-        self._copies: dict[nn.Module, tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = {}
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """For forwards and, where layers are computed again in them, their backwards."""
-        with ExitStack() as undo:
-            for module in self._linear:
-                if "forward" not in vars(module):
-                    patch(module, "forward", partial(self._run, module), undo)
-            yield
-
-    def weight(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-        """A frozen layer's weight in the type that autocast computes in."""
-        weight = linear.weight
-        state = weight.data_ptr(), weight._version
-        known = self._copies.get(linear)
-        if known is None or known[0] != state or known[-1].dtype != dtype:
-            original = weight.detach()  # kept, so that no other tensor gets its place in memory
-            known = self._copies[linear] = state, original, original.to(dtype)
-        return known[-1]
-
-    def _run(self, linear: Any, inputs: torch.Tensor) -> torch.Tensor:
-        weight, dtype = linear.weight, autocast_type(inputs.device)
-        if dtype is None or weight.requires_grad or weight.dtype != torch.float32:
-            self._copies.pop(linear, None)
-            return nn.Linear.forward(linear, inputs)
-        return F.linear(inputs, self.weight(linear, dtype), linear.bias)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .microbatch import is_rows
+from .batches import is_rows
 
 ROWS, TOKENS = 4, 2**12  # at most; of rows longer than half of these tokens two: the shortest and the longest
 LOOKED_AT = 64  # rows of the training data, evenly spaced
@@ -31,6 +31,15 @@ def rows_of_batch(batch: Batch) -> Batch | None:
     count = min(ROWS, len(ranked), max(2, TOKENS // mask.shape[1]))
     chosen = ranked[torch.linspace(0, len(ranked) - 1, count).long().to(ranked.device)]
     return {key: value[chosen] for key, value in batch.items()}
+
+
+def window(batch: Batch, columns: int) -> Batch:
+    """The first rows of a batch, and of what has a column for each token so many; the last ones, if padded in front."""
+    mask = batch.get("attention_mask")
+    left = mask is not None and not bool(mask[:, 0].all())
+    kept = slice(-columns, None) if left else slice(columns)
+    rows = {key: value[:ROWS] for key, value in batch.items()}
+    return {key: value[:, kept] if value.dim() == 2 else value for key, value in rows.items()}
 
 
 def rows_of_dataset(dataset: Any, collate: Callable[[list[Any]], Any]) -> Batch | None:
@@ -97,7 +106,7 @@ def _untouched_randomness() -> Iterator[None]:
     """Collators that mask at random, and datasets that draw, take no number from the training."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python)

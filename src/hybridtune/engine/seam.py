@@ -22,10 +22,10 @@ from torch import nn
 from .. import interface
 from ..layers import Stack
 from .attention import MARK, Mask, attention, carry, is_plain, of
-from .frozen import Frozen, in_evaluation, keys_of
+from .batches import is_row
+from .frozen import Frozen, keys_of
 from .layout import Layout
-from .microbatch import is_row
-from .patch import patch
+from .patch import in_evaluation, patch
 
 
 class Seam:

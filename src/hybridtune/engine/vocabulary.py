@@ -18,9 +18,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ..errors import first_line
 from . import proof
-from .frozen import in_evaluation
-from .microbatch import is_rows
+from .batches import is_rows
+from .patch import in_evaluation
 
 CHUNK = 2**26  # bytes of a chunk's logits, in 32-bit floats
 IGNORED = -100
@@ -218,11 +219,10 @@ def start(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> Vocabular
         return found
     try:
         with in_evaluation(model):
-            found.reason = found.prove(_sample(batch))
+            found.reason = found.prove(_labelled(proof.window(batch, WINDOW)))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         # what a model's own code raises when there are no logits
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        found.reason = f"it cannot run without logits ({said[:120]})"
+        found.reason = f"it cannot run without logits ({first_line(error, 120)})"
     return found
 
 
@@ -282,13 +282,8 @@ def _leaves(result: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def _sample(batch: dict[str, Any]) -> dict[str, Any]:
-    """A few rows of a batch, as far as they fit a window; where nothing in it is labelled, with made-up labels."""
-    mask = batch.get("attention_mask")
-    left = mask is not None and not bool(mask[:, 0].all())
-    window = slice(-WINDOW, None) if left else slice(WINDOW)
-    rows = {key: value[: proof.ROWS] for key, value in batch.items()}
-    rows = {key: value[:, window] if value.dim() == 2 else value for key, value in rows.items()}
+def _labelled(rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows with made-up labels, where nothing in them is labelled."""
     if not bool(rows["labels"][:, 1:].ne(IGNORED).any()):
         rows["labels"] = torch.ones_like(rows["labels"])
     return rows

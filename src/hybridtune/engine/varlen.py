@@ -1,0 +1,116 @@
+"""Attention over all rows of a packed row in one call, by a kernel that takes their bounds: on CUDA, in half precision.
+
+torch's own kernel, or flash-attn's where it is installed, which knows dropout too. What either cannot do (windows,
+biases, cross-attention, wide heads) goes group by group as ever. It has neither been run nor timed on a GPU yet: tests
+look at what the kernels are called with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from .casts import autocast_type
+from .layout import Layout
+
+WIDEST, MULTIPLE, CAPABILITY = 256, 8, (8, 0)  # heads that the kernels take, and GPUs that they run on
+
+# query, key, value [tokens, heads, width]; bounds [rows + 1]; tokens of the longest row; causal; scaling; dropout
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, bool, float, float], torch.Tensor]
+
+
+def kernel_for(query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kernel | None:
+    """A kernel for these tensors; None where there is none."""
+    width, dtype = query.shape[-1], autocast_type(query.device) or query.dtype
+    fits = width == value.shape[-1] <= WIDEST and width % MULTIPLE == 0
+    if query.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or not fits:
+        return None
+    if torch.cuda.get_device_capability(query.device) < CAPABILITY:
+        return None
+    return _flash_attn() if dropout else _torch() or _flash_attn()
+
+
+def attention(
+    kernel: Kernel,
+    module: nn.Module,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: Layout,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Runs it; gives [1, tokens, heads, width].
+
+    Args:
+        kernel: found by `kernel_for`.
+        module: the attention module that calls.
+        states: queries [1, heads, tokens, width], keys and values [1, key heads, tokens, width], packed.
+        layout: of the packed row.
+        causal: whether a token sees itself and what is before it, or the whole row.
+        scaling: of the scores; None: by the width.
+        dropout: probability.
+    """
+    query, key, value = states
+    groups = getattr(module, "num_key_value_groups", 1)
+    dtype = autocast_type(query.device) or query.dtype  # rotated queries and keys may be of another type than values
+    tensors = query, repeat_kv(key, groups), repeat_kv(value, groups)
+    q, k, v = (tensor.to(dtype).squeeze(0).transpose(0, 1) for tensor in tensors)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return kernel(q, k, v, layout.bounds, layout.longest, causal, scaling, dropout).unsqueeze(0)
+
+
+@cache
+def _torch() -> Kernel | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "window_size" not in inspect.signature(varlen_attn).parameters:  # of an earlier release, with other arguments
+        return None
+
+    def run(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bounds: torch.Tensor,
+        longest: int,
+        causal: bool,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        window = (-1, 0) if causal else (-1, -1)
+        result: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
+        return result  # type: ignore[no-any-return]
+
+    return run
+
+
+@cache
+def _flash_attn() -> Kernel | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def run(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bounds: torch.Tensor,
+        longest: int,
+        causal: bool,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        result: Any = flash_attn_varlen_func(
+            q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
+        )
+        return result  # type: ignore[no-any-return]
+
+    return run

@@ -1,0 +1,162 @@
+"""One call of attention for all rows: what the kernels are called with, in the place of a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_engine import ON, check_equal, padded, shaken
+from torch.nn.attention import varlen as of_torch
+
+from hybridtune.engine import varlen
+
+
+def by_hand(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Every token over the tokens between the bounds around it, one by one."""
+    assert q.shape == k.shape == v.shape
+    assert bounds.dtype == torch.int32
+    edges = bounds.tolist()
+    assert edges[0] == 0
+    assert edges[-1] == len(q)
+    assert longest == max(end - start for start, end in itertools.pairwise(edges))
+    assert dropout == 0
+    rows = []
+    for start, end in itertools.pairwise(edges):
+        for at in range(start, end):
+            seen = slice(start, at + 1 if causal else end)
+            weights = (scaling * torch.einsum("hd,thd->ht", q[at], k[seen])).softmax(-1)
+            rows.append(torch.einsum("ht,thd->hd", weights, v[seen]))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call was causal."""
+    made: list[bool] = []
+
+    def kernel(*args: Any) -> torch.Tensor:
+        made.append(args[5])
+        return by_hand(*args)
+
+    monkeypatch.setattr(varlen, "kernel_for", lambda query, value, dropout: kernel)
+    return made
+
+
+# Layers that look at a window, that add a bias, and that look at another text go group by group.
+CALLED = dict.fromkeys(ON, 3) | {"modernbert": 1, "t5": 0, "bart": 6}
+
+
+@pytest.mark.parametrize("name", ON)
+def test_a_classifier_gives_the_same(name: str, calls: list[bool]) -> None:
+    """In float64, logits and gradients."""
+    check_equal(shaken(tiny.classifier(name)), padded())
+    assert len(calls) == CALLED[name]
+    assert set(calls) <= {name in ("llama", "qwen3", "gemma", "gpt2")} | ({True, False} if name == "bart" else set())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", tiny.CAUSAL)
+def test_a_decoder_gives_the_same(name: str, side: str, calls: list[bool]) -> None:
+    check_equal(tiny.language_model(name), padded(side))
+    assert calls == [True] * 3
+
+
+def states(heads: int = 4) -> torch.Tensor:
+    return torch.randn(9, heads, 8, dtype=torch.double)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_torchs_kernel_is_called_with(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        window_size: tuple[int, int],
+    ) -> torch.Tensor:
+        assert cu_seq_q is cu_seq_k
+        assert max_q == max_k
+        return by_hand(query, key, value, cu_seq_q, max_q, window_size == (-1, 0), scale, 0.0)
+
+    monkeypatch.setattr(of_torch, "varlen_attn", kernel)
+    varlen._torch.cache_clear()
+    run = varlen._torch()
+    varlen._torch.cache_clear()
+    assert run is not None
+    given = (states(), states(), states(), torch.tensor([0, 2, 9], dtype=torch.int32), 7, causal, 0.3, 0.0)
+    torch.testing.assert_close(run(*given), by_hand(*given))
+
+
+def test_torchs_kernel_takes_these_arguments() -> None:
+    """Its shapes, without a GPU: on the meta device."""
+    run = varlen._torch()
+    assert run is not None
+    q = torch.empty(9, 4, 8, device="meta", dtype=torch.bfloat16)
+    bounds = torch.empty(3, device="meta", dtype=torch.int32)
+    assert run(q, q, q, bounds, 7, True, 0.3, 0.0).shape == q.shape
+
+
+def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*args: Any, dropout_p: float, softmax_scale: float, causal: bool) -> torch.Tensor:
+        q, k, v, of_queries, of_keys, longest, longest_key = args
+        assert of_queries is of_keys
+        assert longest == longest_key
+        return by_hand(q, k, v, of_queries, longest, causal, softmax_scale, dropout_p)
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    varlen._flash_attn.cache_clear()
+    run = varlen._flash_attn()
+    varlen._flash_attn.cache_clear()
+    assert run is not None
+    given = (states(), states(), states(), torch.tensor([0, 5, 9], dtype=torch.int32), 5, True, 0.3, 0.0)
+    torch.testing.assert_close(run(*given), by_hand(*given))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "width", "capability", "dropout", "found"),
+    [
+        ("cuda", torch.bfloat16, 64, (8, 0), 0.0, "torch"),
+        ("cuda", torch.float16, 256, (9, 0), 0.0, "torch"),
+        ("cuda", torch.bfloat16, 64, (8, 0), 0.1, "flash_attn"),
+        ("cuda", torch.bfloat16, 64, (7, 5), 0.0, None),
+        ("cuda", torch.float32, 64, (8, 0), 0.0, None),
+        ("cuda", torch.bfloat16, 100, (8, 0), 0.0, None),
+        ("cuda", torch.bfloat16, 512, (8, 0), 0.0, None),
+        ("cpu", torch.bfloat16, 64, (8, 0), 0.0, None),
+    ],
+)
+def test_where_there_is_a_kernel(
+    device: str,
+    dtype: torch.dtype,
+    width: int,
+    capability: tuple[int, int],
+    dropout: float,
+    found: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(varlen, "_torch", lambda: "torch")
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: "flash_attn")
+    tensor: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 9, width))
+    assert varlen.kernel_for(tensor, tensor, dropout) == found
