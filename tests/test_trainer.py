@@ -164,7 +164,7 @@ class TestContract:
     def test_init_adds_names_and_takes_none_away(self) -> None:
         ours, theirs = (inspect.signature(c.__init__).parameters for c in (HybridTrainer, hf.Trainer))
         added = set(ours) - {"self", "args", "kwargs"}
-        assert added == {"strategy", "base", "manifest", "engine", "caches", "max_tokens_per_micro_batch"}
+        assert added == {"strategy", "base", "manifest", "engine", "caches", "max_tokens_per_micro_batch", "measure"}
         assert not added & set(theirs)
         assert ours["args"].kind == inspect.Parameter.VAR_POSITIONAL
 
