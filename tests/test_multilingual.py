@@ -15,6 +15,7 @@ from datasets import Dataset
 from hybridtune import answer, tasks
 from hybridtune.engine import vocabulary
 from hybridtune.errors import ModelError
+from hybridtune.tasks import summarization
 from hybridtune.tasks.translation import Task
 
 LETTERS = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{one}", -1.0) for one in "abcdefghij")]
@@ -158,3 +159,15 @@ def test_the_loss_in_chunks_is_the_models_own(name: str, tmp_path: Path) -> None
         rest = vocabulary.complete(model, dict(batch))
         labels = rest.pop("labels")
         torch.testing.assert_close(task.loss(model(**rest), labels), model(**batch).loss)
+
+
+def test_summaries_in_a_language_of_the_model(tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS["mbart50"](tmp_path)
+    model = model_of("mbart50", len(tokenizer) + 200)
+    with pytest.raises(ModelError, match="target_language: the model marks texts with their language, and none"):
+        summarization.Task().prepare(model, tokenizer)
+    task = summarization.Task(target_language="de_DE")
+    task.prepare(model, tokenizer)
+    items = task.encode(ROWS.rename_columns({"source": "document", "target": "summary"}), tokenizer, 32)
+    code = tokenizer.convert_tokens_to_ids("de_DE")
+    assert items["input_ids"][0][0] == items["labels"][0][0] == model.generation_config.forced_bos_token_id == code

@@ -161,7 +161,7 @@ def _evaluate(
     sample = rows["test"].select(range(min(16, len(rows["test"])))).to_list()
     drift = export.difference(last, folder / "model", sample)
     if drift > MERGE_LIMIT and kind != "delta":
-        console.warn(f"as {kind}, its logits would differ by {drift:.1e}: handed over as a delta, which is exact")
+        console.warn(f"as {kind}, its answers would differ by {drift:.1e}: handed over as a delta, which is exact")
         kind, snippet = export.write(folder / "model", last, "delta", task=task)
         drift = export.difference(last, folder / "model", sample)
     evaluation |= {

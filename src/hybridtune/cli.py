@@ -269,7 +269,7 @@ def export(
 
         result = api.export_run(run, output, kind)
         console.line(
-            f"{result['kind']} in {output}, logits differ by at most {result['difference']:.1e}\n\n{result['load']}"
+            f"{result['kind']} in {output}, answers differ by at most {result['difference']:.1e}\n\n{result['load']}"
         )
         _print(result, as_json)
 

@@ -147,7 +147,7 @@ def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str,
     """Writes a run's model into a new folder.
 
     Returns:
-        The kind, the snippet that loads it, and by how much its logits differ from the tuned model's.
+        The kind, the snippet that loads it, and by how much its answers differ from the tuned model's.
 
     Raises:
         RunError: the run is not finished, the folder exists, or the model cannot be handed over so.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 IGNORED = -100
-GENERATE_ON = 200  # rows: one standard error of a corpus BLEU of 30 is about 1 there
+GENERATE_ON = 200  # rows: a text takes a forward a token, and all validation rows often more than an epoch does
 SHOWN = 10
 EXAMPLE = 300  # characters
 REPEATED = 4  # times that three words stand in a text which repeats itself
@@ -81,6 +81,11 @@ class WritingTask(tasks.Task):
             )
         given = {"settings": _writing.settings_of(recipe), "template": recipe.template, "hints": recipe.data.columns}
         return given | ({"generate_on": recipe.generate_on} if recipe.generate_on else {})
+
+    @classmethod
+    def suits(cls, model: Any) -> bool:
+        """No model says whether it translates or sums up; HybridTrainer knows the loss of language models by itself."""
+        return False
 
     def state(self) -> dict[str, Any]:
         """How texts are put before the model and how it writes."""

@@ -25,7 +25,7 @@ def set_languages(
     if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
         return
     known = _codes(tokenizer)
-    for key, code in (("source_language", source), ("target_language", target)):
+    for key, code in (("target_language", target), ("source_language", source)):
         if code not in known:
             raise ModelError(
                 f"{key}: the model marks texts with their language, "

@@ -11,16 +11,25 @@ from datasets import Dataset
 from ..data.checking import check
 from . import Stats, _rouge
 from ._generation import WritingTask
+from ._languages import set_languages
 from ._texts import NO_SPACES, sentences
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..recipe import Recipe
 
 
 class Task(WritingTask):
-    """Summarization, of `document` into `summary`. Arguments are those of every task whose models write."""
+    """Summarization, of `document` into `summary`.
+
+    Args:
+        target_language: of both, as a code of the model's, where it has some.
+        **more: of every task whose models write.
+    """
 
     name = "summarization"
+    keys = (*WritingTask.keys, "target_language")
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "document": ("article", "text", "dialogue", "content", "body", "source"),
         "summary": ("highlights", "abstract", "headline", "title", "target"),
@@ -30,22 +39,32 @@ class Task(WritingTask):
     inputs: tuple[str, ...] = ("document",)
     target: ClassVar[str] = "summary"
 
-    def __init__(self, **more: Any) -> None:
+    def __init__(self, *, target_language: str | None = None, **more: Any) -> None:
         super().__init__(**more)
+        self.target_language = target_language
         # ROUGE-L first: of the three, it alone cannot be raised by the right words in any order.
         self.metrics = dict.fromkeys(("rougeL", "rouge1", "rouge2"), "maximize")
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Self:
-        """Reads the template and how to write."""
-        return cls(**cls.arguments(recipe))
+        """Reads the language, the template and how to write."""
+        return cls(**cls.arguments(recipe), target_language=recipe.target_language)
+
+    def state(self) -> dict[str, Any]:
+        """The language too."""
+        return {**super().state(), "target_language": self.target_language}
+
+    def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tells model and tokenizer the language, where they have codes of languages."""
+        super().prepare(model, tokenizer)
+        set_languages(model, tokenizer, self.target_language, self.target_language)
 
     def check(
         self, splits: dict[str, Dataset], sources: dict[str, str]
     ) -> tuple[dict[str, Dataset], list[check.Finding]]:
         """Checks documents and summaries; learns whether words have spaces between them."""
         splits, findings = check.check_summarization(splits, sources=sources)
-        return splits, [*findings, *self.learn_script(splits["train"])]
+        return splits, [*findings, *self.learn_script(splits["train"], self.target_language)]
 
     def scores(self, texts: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
         """ROUGE of each row, 0 to 1, with the reference that it is most like."""
