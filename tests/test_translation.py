@@ -13,7 +13,7 @@ import pytest
 import sacrebleu
 import tiny
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
 from typer.testing import CliRunner
 
 import hybridtune
@@ -180,6 +180,14 @@ def test_predictions_survive_reloading(run: hybridtune.Run) -> None:
     told = api.evaluate_run(run.folder, pairs(20, 4))
     assert told["rows"] == 20
     assert told["metrics"]["bleu"]["value"] > 10
+
+
+def test_transformers_alone_writes_the_same(run: hybridtune.Run) -> None:
+    folder = str(run.folder / "model")
+    plain, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for row in pairs(6, 11):
+        ids = plain.generate(**tokenizer(row["source"], return_tensors="pt", return_token_type_ids=False))
+        assert tokenizer.decode(ids[0], skip_special_tokens=True) == run.predict([row["source"]])[0]["text"]
 
 
 def test_the_commands(run: hybridtune.Run, tmp_path: Path) -> None:

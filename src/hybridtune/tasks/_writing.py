@@ -62,6 +62,7 @@ def set_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
     for key in _UNSET:
         setattr(config, key, None)
     config.do_sample, config.pad_token_id = False, tokenizer.pad_token_id
+    config._from_model_config = False  # else `generate` may make another of the model's configuration
     for key, value in settings.items():
         setattr(config, key, value)
     if (config.num_beams or 1) == 1:
@@ -101,12 +102,11 @@ def refuse_encoders(model: PreTrainedModel) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     config: Any = model.config
-    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        return
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+    sees_all = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if not model.can_generate() or (sees_all and not config.is_encoder_decoder):
         raise ModelError(
-            f"model {model.name_or_path or config.model_type}: a {config.model_type} cannot write: it was made to see "
-            "the words on both sides",
+            f"model {model.name_or_path or config.model_type}: a {config.model_type} cannot write"
+            + (": it was made to see the words on both sides" if sees_all else ""),
             expected="an encoder-decoder (T5, BART, Marian, NLLB) or a decoder (GPT-2, Llama, Qwen)",
         )
 
