@@ -114,3 +114,25 @@ def test_an_accuracy_that_no_threshold_reaches_is_said(base: Path, tmp_path: Pat
     run = tune(base, tmp_path / "run", **rows, abstain={"accuracy": 1.0}, learning_rate=1e-6)
     short = any("abstain: no threshold leaves 100%" in one for one in run.evaluation["warnings"])
     assert short == (run.predictor.task.reached < 1)  # type: ignore[attr-defined]
+
+
+def test_folds_take_turns(base: Path, tmp_path: Path) -> None:
+    rows = texts.splits(60, 20, 20)
+    run = tune(
+        base, tmp_path / "run", train=rows["train"], validation=None, data={"folds": 3}, strategy=["head", "lora"]
+    )
+    decision = json.loads((run.folder / "decision.json").read_text())
+    for candidate in decision["candidates"]:
+        assert [one["fold"] for one in candidate["seeds"]] == [0, 1, 2]
+        mean = sum(one["validation"]["macro_f1"] for one in candidate["seeds"]) / 3
+        assert candidate["validation"]["macro_f1"] == pytest.approx(mean)
+    assert any("mean of 3 folds" in reason for reason in decision["reasons"])
+    assert {path.name for path in (run.folder / "trials").iterdir()} == {
+        f"{name}-fold-{fold}" for name in ("head", "lora") for fold in (1, 2, 3)
+    }
+    assert len(run.predict(["a good b"])) == 1
+
+
+def test_folds_and_validation_rows_are_one_too_many(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.folds: 3, but validation rows are given"):
+        tune(base, tmp_path / "run", data={"folds": 3})

@@ -131,10 +131,10 @@ def _goal(recipe: Recipe, task: Task, own: OwnMetrics, computes: bool) -> tuple[
 def _race(setting: Setting, plan: Sequence[Strategy], folder: Path, console: Console) -> Decision:
     seeds = setting.recipe.all_seeds()
 
-    def begin(strategy: str, seed: int) -> None:
-        console.line(
-            f"  {strategy}" + (f", seed {seed}" if len(seeds) > 1 else ""), "bold" if console.is_terminal else None
-        )
+    def begin(strategy: str, seed: int, fold: int | None) -> None:
+        said = f"  {strategy}" + (f", seed {seed}" if len(seeds) > 1 else "")
+        said += "" if fold is None else f", fold {fold + 1} of {len(setting.folds)}"
+        console.line(said, "bold" if console.is_terminal else None)
 
     def end(done: Trial) -> None:
         spent = f"{consoles.seconds(done.seconds)}, {consoles.count(done.trainable)} trained"

@@ -18,10 +18,7 @@ from .own_metrics import OwnMetrics
 from .select import Decision
 from .tasks import Stats, Task
 from .tasks.metrics import mean_and_spread
-from .trial import Setting, Trial
-
-# Below this, one standard error of an accuracy of 80% is more than 5 points: larger than most gaps between strategies.
-FEW_VALIDATION_ROWS = 50
+from .trial import FEW_VALIDATION_ROWS, Setting, Trial
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,10 @@ def evaluate(
     """
     scores, fitted = {}, {}
     for trial in (trial for candidate in decision.candidates for trial in candidate.trials):
-        predictor = fit(_predictor(setting, trial), setting)
-        key = trial.strategy, trial.seed
+        predictor = fit(_predictor(setting, trial), setting.of_fold(trial.fold))
+        key = trial.folder
         scores[key], fitted[key] = score(predictor, test, setting.own_metrics), predictor.task
-    chosen = decision.trial.strategy, decision.trial.seed
-    best, task = scores[chosen], fitted[chosen]
+    best, task = scores[decision.trial.folder], fitted[decision.trial.folder]
     baselines = _baselines(setting, train, test) if with_baselines else []
     candidates = []
     for candidate in decision.candidates:
@@ -81,16 +77,18 @@ def evaluate(
         runs = [
             metrics[decision.metric]["value"]
             for trial in candidate.trials
-            if decision.metric in (metrics := scores[trial.strategy, trial.seed].metrics)
+            if decision.metric in (metrics := scores[trial.folder].metrics)
         ]
         told = mean_and_spread(runs) if runs else None
         candidates.append(
             {
                 "strategy": candidate.strategy,
                 "chosen": candidate is decision.chosen,
-                "metrics": scores[shown.strategy, shown.seed].metrics,
+                "metrics": scores[shown.folder].metrics,
                 **{key: entry[key] for key in ("trainable", "total", "seconds", "peak_bytes")},
-                "seeds": [{"seed": t.seed, "metrics": scores[t.strategy, t.seed].metrics} for t in candidate.trials],
+                "seeds": [
+                    {"seed": t.seed, "fold": t.fold, "metrics": scores[t.folder].metrics} for t in candidate.trials
+                ],
                 "mean": {decision.metric: told["mean"]} if told else {},
                 "spread": {decision.metric: told["std"]} if told else {},
             }
@@ -134,9 +132,9 @@ def _doubts(
                 f"{decision.chosen.strategy} does not beat the best baseline on the test rows: "
                 f"{metric} {own:.3f}, {best['name']} {other:.3f}"
             )
-    if len(setting.validation) < FEW_VALIDATION_ROWS:
+    if len(setting.validation_rows) < FEW_VALIDATION_ROWS and not setting.folds:
         yield (
-            f"only {len(setting.validation)} validation rows: which strategy and which epoch is best on them "
+            f"only {len(setting.validation_rows)} validation rows: which strategy and which epoch is best on them "
             "is mostly chance"
         )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -30,7 +31,7 @@ from .recipe import Recipe, Rule, Stage, Strategy, Training, without_heads
 from .resolve import plan
 from .stage import arguments_of
 from .tasks import Task
-from .trial import Setting
+from .trial import FEW_VALIDATION_ROWS, Setting
 
 _KINDS_OF_ROWS = {"datasets.Dataset", "datasets.DatasetDict", "pandas.DataFrame", "list of dicts"}  # as describe says
 _SPLITS = ("train", "validation", "test")
@@ -62,13 +63,22 @@ def rows_of(
     for text in notes.warnings:
         console.warn(text)
     seed = recipe.all_seeds()[0]
-    for name, fraction in (("test", 0.2), ("validation", 0.1)):
+    folds = recipe.data.folds
+    if folds and "validation" in rows:
+        raise RecipeError(
+            f"data.folds: {folds}, but validation rows are given",
+            mend="leave one of them away: folds are made of train",
+        )
+    for name, fraction in (("test", 0.2), ("validation", 1 / folds if folds else 0.1)):
         if name not in rows:
             rows["train"], rows[name] = _hold_out(recipe, task, rows["train"], sources["train"], fraction)
             sources[name] = f"{fraction:.0%} of {sources['train']}, held out with seed {seed}"
+            turns = f", the first of {folds} folds that take turns" if folds and name == "validation" else ""
             console.line(
-                f"  no {name} rows given: {fraction:.0%} of train held out ({len(rows[name])} rows, seed {seed})"
+                f"  no {name} rows given: {fraction:.0%} of train held out ({len(rows[name])} rows, seed {seed}){turns}"
             )
+            if name == "validation" and len(rows[name]) < FEW_VALIDATION_ROWS and not folds:
+                console.warn("so few validation rows choose by chance: data.folds: 5 has all rows of train take turns")
     read_counts = {name: len(table) for name, table in rows.items()}
     try:
         rows, findings = task.check(rows, sources)
@@ -289,9 +299,23 @@ def setting_of(
         own or NO_METRICS,
         callbacks,
         compute_metrics,
+        folds=_folds(recipe, task, rows, loaded, limit) if recipe.data.folds else (),
     )
     told = {"lengths": lengths, **_target_lengths(task, limit, encoded, console)}
     return shared, told | _doubts(recipe, task, loaded, rows, encoded, console) if recipe.data.survey else told
+
+
+def _folds(
+    recipe: Recipe, task: Task, rows: dict[str, Dataset], loaded: models.Loaded, limit: int
+) -> list[tuple[Dataset, Dataset, Dataset]]:
+    """For each fold the items to train on, those to validate on, and the rows of the latter."""
+    assert recipe.data.folds is not None
+    every = concatenate_datasets([rows["train"], rows["validation"]])
+    texts, kinds = [name for name in task.apart if name in every.column_names], task.strata(every)
+    strata = None if kinds is None else [next(iter(of_row), None) for of_row in kinds]
+    parts = split.k_folds(every, recipe.data.folds, recipe.all_seeds()[0], texts=texts, strata=strata)
+    encode = partial(task.encode, tokenizer=loaded.tokenizer, limit=limit)
+    return [(encode(kept), encode(out), out) for kept, out in parts]
 
 
 def _lengths(items: Dataset, limit: int) -> dict[str, Any]:

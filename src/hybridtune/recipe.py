@@ -179,6 +179,7 @@ class Data(Keys):
     test: Any = None
     columns: dict[str, str] = Field(default_factory=dict)
     survey: bool = True
+    folds: int | None = Field(None, ge=2)
     on_bad_row: Literal["refuse", "skip"] = "refuse"
 
 

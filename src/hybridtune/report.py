@@ -88,9 +88,10 @@ def _facts(run: Path, recipe: dict[str, Any], texts: bool) -> dict[str, Any]:
 
 
 def _trial(run: Path, strategy: str) -> Path:
-    """Where a candidate was trained; of several seeds the first."""
-    trials = run / "trials"
-    return next(iter(sorted(trials.glob(f"{glob.escape(strategy)}-seed-*"))), trials / strategy)
+    """Where a candidate was trained; of several seeds or folds the first."""
+    trials, name = run / "trials", glob.escape(strategy)
+    found = (path for turn in ("seed", "fold") for path in sorted(trials.glob(f"{name}-{turn}-*")))
+    return next(found, trials / strategy)
 
 
 def _recipe(run: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,9 @@ class Candidate:
             "peak_bytes": max(peaks) if peaks else None,
             "trainable": self.trials[0].trainable,
             "total": self.trials[0].total,
-            "seeds": [{"seed": t.seed, "validation": t.validation, "seconds": t.seconds} for t in self.trials],
+            "seeds": [
+                {"seed": t.seed, "fold": t.fold, "validation": t.validation, "seconds": t.seconds} for t in self.trials
+            ],
             "spread": {metric: mean_and_spread([t.validation[metric] for t in self.trials])["std"]},
         }
 
@@ -73,7 +76,7 @@ def race(
     strategies: Sequence[Strategy],
     seeds: Sequence[int],
     folder: Path,
-    begin: Callable[[str, int], None] = lambda strategy, seed: None,
+    begin: Callable[[str, int, int | None], None] = lambda strategy, seed, fold: None,
     end: Callable[[Trial], None] = lambda trial: None,
 ) -> Decision:
     """Runs every candidate with every seed and decides by the goal's metric on validation data.
@@ -82,7 +85,7 @@ def race(
         setting: what all trials share.
         strategies: the candidates, resolved.
         seeds: each candidate runs with each.
-        folder: each trial goes into `folder/NAME` (or `NAME-seed-N`).
+        folder: each trial goes into `folder/NAME` (or `NAME-seed-N`, `NAME-fold-N`, or both).
         begin, end: called around every trial.
 
     Raises:
@@ -92,10 +95,11 @@ def race(
     for strategy in strategies:
         trials = []
         try:
-            for seed in seeds:
-                begin(strategy.name, seed)
+            for seed, fold in itertools.product(seeds, range(len(setting.folds)) if setting.folds else [None]):
+                begin(strategy.name, seed, fold)
                 name = strategy.name if len(seeds) == 1 else f"{strategy.name}-seed-{seed}"
-                trials.append(trial.run(setting, strategy, seed, folder / name))
+                name += "" if fold is None else f"-fold-{fold + 1}"
+                trials.append(trial.run(setting, strategy, seed, folder / name, fold))
                 end(trials[-1])
         except TrainingError as error:
             failed[strategy.name] = error
@@ -124,8 +128,10 @@ def decide(candidates: Sequence[Candidate], metric: str, direction: str) -> Deci
         reasons.append(f"{other.strategy} is {gap:.4f} behind{tie}")
     if len(best.trials) > 1:
         spread = mean_and_spread([t.validation[metric] for t in best.trials])["std"]
+        seeds, folds = len({t.seed for t in best.trials}), len({t.fold for t in best.trials})
+        of = " and ".join(f"{n} {what}" for n, what in ((seeds, "seeds"), (folds, "folds")) if n > 1)
+        own = f"seed {taken.seed}" + ("" if taken.fold is None else f", fold {taken.fold + 1}")
         reasons.append(
-            f"mean of {len(best.trials)} seeds, standard deviation {spread:.4f}; "
-            f"the model is that of seed {taken.seed}, the best on validation data"
+            f"mean of {of}, standard deviation {spread:.4f}; the model is that of {own}, the best on validation data"
         )
     return Decision(best, taken, tuple(candidates), metric, direction, tuple(reasons))

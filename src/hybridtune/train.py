@@ -47,6 +47,7 @@ from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
 from .origin import base_of, new_of
 from .recipe import Stage, Strategy, Training, read_strategy
+from .refusals import refuse
 from .resolve import resolve
 from .stage import METRICS, StageLog
 from .tuned import Tuned, save_pretrained
@@ -136,7 +137,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         if strategy is None and there is None:
             return
         asked = there.strategy if strategy is None and there else _read(strategy)
-        self._refuse(there, asked)
+        refuse(self, there, asked)
         if there is not None:
             self.assembly, self.base = there.assembly, self.base or there.base
         else:
@@ -154,43 +155,6 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.in_place = strategy is None
         written = asked if self.in_place else self.strategy
         self.manifest = {"strategy": written.model_dump(mode="json", exclude_none=True)} | self.manifest
-
-    def _refuse(self, there: Tuned | None, strategy: Strategy) -> None:
-        """Says what would be trained or saved wrongly, and silently so."""
-        if self.model_init is not None:
-            raise RecipeError("model_init: a strategy is put on one model", mend="give model= instead")
-        if self.optimizer is not None or self.lr_scheduler is not None:
-            raise RecipeError(
-                "optimizers: a strategy makes its own for every stage, with a group for every rule",
-                mend="give optim and lr_scheduler_type in TrainingArguments, or optimizer_cls_and_kwargs",
-            )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise RecipeError(
-                "a strategy cannot be trained under FSDP or DeepSpeed yet", mend="torchrun alone (DDP), or one process"
-            )
-        rules = [rule for stage in strategy.stages for rule in stage.rules]
-        if self.args.world_size > 1 and any(rule.active for rule in rules):
-            raise RecipeError("active: layers cannot take turns in several processes yet", mend="one process")
-        asks = getattr(self.args, stages.CHECKPOINTING) or any(
-            stage.gradient_checkpointing for stage in strategy.stages
-        )
-        if asks and not getattr(self.model, "supports_gradient_checkpointing", False):
-            raise RecipeError(
-                f"gradient_checkpointing: {type(self.model).__name__} does not support it",
-                mend="leave it out; lower per_device_train_batch_size, or give max_tokens_per_micro_batch",
-            )
-        endless = self.train_dataset is not None and not has_length(self.train_dataset)
-        for stage in strategy.stages:
-            if endless and stage.num_train_epochs is not None and stage.max_steps is None:
-                raise RecipeError(
-                    f"stage {stage.name}: num_train_epochs cannot be counted, train_dataset has no length",
-                    mend="give the stage max_steps",
-                )
-        if there is None and any(hasattr(module, "base_layer") for module in self.model.modules()):
-            raise RecipeError(
-                "strategy: PEFT sits on the model already; a checkpoint could not name what it starts from",
-                mend="load the plain model and give LoRA as a rule: {part: layers, method: lora}",
-            )
 
     def train(
         self,

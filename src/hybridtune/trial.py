@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,8 @@ from .train import HybridTrainer
 from .tuned import Tuned
 
 RESULT = "trial.json"
+# Below this, one standard error of an accuracy of 80% is more than 5 points: larger than most gaps between strategies.
+FEW_VALIDATION_ROWS = 50
 # Keys of the recipe that TrainingArguments gets as they are.
 _PASSED = ("per_device_eval_batch_size", "fp16", "report_to", "dataloader_num_workers")
 
@@ -51,6 +53,7 @@ class Setting:
         metric: that decides.
         train, validation: rows cut into items of tokens.
         validation_rows: as they were before.
+        folds: where rows take turns, what `train`, `validation` and `validation_rows` are in each of them.
         limit: rows are cut after that many tokens.
         plans: every candidate with every value, tried on the model.
         precision: what is computed in.
@@ -71,6 +74,14 @@ class Setting:
     callbacks: Sequence[TrainerCallback] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     caches: Caches = field(default_factory=Caches)
+    folds: Sequence[tuple[Dataset, Dataset, Dataset]] = ()
+
+    def of_fold(self, fold: int | None) -> Setting:
+        """The setting of a trial that was validated on a fold; without folds, this one."""
+        if fold is None:
+            return self
+        train, validation, rows = self.folds[fold]
+        return replace(self, train=train, validation=validation, validation_rows=rows)
 
     @property
     def direction(self) -> str:
@@ -110,6 +121,7 @@ class Trial:
         peak_bytes: memory that it took at its peak, beyond what the process held before the model was loaded; of an
             interrupted trial that of its last attempt.
         trainable, total: numbers of parameters; of several stages the largest.
+        fold: on which it was validated, where rows take turns.
     """
 
     strategy: str
@@ -120,6 +132,7 @@ class Trial:
     peak_bytes: int | None
     trainable: int
     total: int
+    fold: int | None = None
 
     @property
     def stages(self) -> list[Path]:
@@ -128,7 +141,7 @@ class Trial:
         return sorted((f for f in found if f.name.split("-")[0].isdigit()), key=lambda f: int(f.name.split("-")[0]))
 
 
-def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
+def run(setting: Setting, strategy: Strategy, seed: int, folder: Path, fold: int | None = None) -> Trial:
     """Trains a strategy; goes on with, or reads, what an earlier trial in this folder has left.
 
     Args:
@@ -136,12 +149,14 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         strategy: resolved.
         seed: set before the model is loaded and before every stage.
         folder: of the trial; its stages go into `stages/`.
+        fold: that it is validated on, where rows take turns.
 
     Raises:
         TrainingError: it ran out of memory, or its model gives no numbers any more.
     """
     if (folder / RESULT).is_file() and (folder / "stages").is_dir():
         return Trial(**{**read_json(folder / RESULT), "folder": str(folder)})
+    setting = setting.of_fold(fold)
     memory = PeakMemory(models.pick_device(setting.recipe.device))
     set_seed(seed)
     start, task = setting.load(), setting.task
@@ -203,6 +218,7 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path) -> Trial:
         memory.peak(),
         max(stage["trainable"] for stage in stages),
         sum(parameter.numel() for parameter in loaded.model.parameters()),
+        fold,
     )
     write_json(folder / RESULT, {key: value for key, value in vars(trial).items() if key != "folder"})
     return trial

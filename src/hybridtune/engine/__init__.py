@@ -22,8 +22,8 @@ from .frozen import depth as lowest_trained
 from .patch import in_evaluation
 from .seam import Seam
 
-# Of logits and hidden states. In half precision packed and padded differ by up to two roundings in tiny models, which
-# add up as a random walk over the layers; with a wrong mask they differ by thirty and more, once the body is trained.
+# Of logits and hidden states. In half precision roundings add up over the layers as a random walk, to a few of them; a
+# wrong mask changes a good part of what a trained body gives.
 WHOLE, ROUNDINGS = 1e-4, 10
 # What a model's own code raises when its layers are given other shapes.
 WRONG = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
