@@ -923,14 +923,14 @@ class TestRace:
 
     @staticmethod
     def race(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scores: dict[str, float | None]) -> select.Decision:
-        def run(setting: Any, strategy: Strategy, seed: int, folder: Path) -> Trial:
+        def run(setting: Any, strategy: Strategy, seed: int, folder: Path, fold: int | None) -> Trial:
             score = scores[strategy.name]
             if score is None:
                 raise TrainingError("the loss is not a number")
             return Trial(strategy.name, seed, str(folder), {"accuracy": score}, 1.0, None, 10, 100)
 
         monkeypatch.setattr(trial, "run", run)
-        setting: Any = SimpleNamespace(metric="accuracy", direction="maximize")
+        setting: Any = SimpleNamespace(metric="accuracy", direction="maximize", folds=())
         return select.race(setting, [load_strategy(name) for name in scores], [0], tmp_path)
 
     def test_it_drops_out(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -948,6 +948,6 @@ class TestRace:
             raise MethodError("cannot sit there")
 
         monkeypatch.setattr(trial, "run", run)
-        setting: Any = SimpleNamespace(metric="accuracy", direction="maximize")
+        setting: Any = SimpleNamespace(metric="accuracy", direction="maximize", folds=())
         with pytest.raises(MethodError):
             select.race(setting, [load_strategy("lora")], [0], tmp_path)
