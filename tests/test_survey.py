@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from hybridtune import api, survey
 from hybridtune.console import Console
-from hybridtune.model import Loaded
+from hybridtune.errors import ModelError
+from hybridtune.model import Loaded, token_limit
 from hybridtune.tasks import classification, regression
 
 ENGLISH = (
@@ -97,3 +98,17 @@ def test_it_is_said_and_written_unless_it_is_not_wanted(base: Path, on: bool) ->
     told = api.check({"model": str(base), "task": "classification", "data": data}, Console(stream=out))
     assert ("languages" in told) == ("curve" in told) == on
     assert ("enough data?" in out.getvalue()) == on
+
+
+def test_a_last_text_over_the_edge_of_a_block_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridtune.data.doubts.near._BLOCK", 8)
+    found, _ = survey.of_texts(
+        classification.Task(["a"]), {"train": rows(ENGLISH[0], ENGLISH[0].replace("blue", "blues"))}
+    )
+    assert [one.count for one in found] == [1]
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(0, 0), (None, 512)])
+def test_a_length_that_holds_no_text_is_refused(asked: int | None, taken: int) -> None:
+    with pytest.raises(ModelError, match="hold no text"):
+        token_limit(tiny.classifier("bert"), tiny.tokenizer(), asked, taken)

@@ -195,6 +195,10 @@ def token_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, aske
     if learned and learned[0].padding_idx is not None:  # RoBERTa's positions begin after the padding index
         positions = learned[0].num_embeddings - learned[0].padding_idx - 1
     positions = positions - taken if positions else None
+    least = tokenizer.num_special_tokens_to_add() + 1
+    for what, found in (("max_length", asked), ("the positions that soft prompts leave", positions)):
+        if found is not None and found < least:
+            raise ModelError(f"{what}: {found} tokens hold no text", expected=f"at least {least}, better many more")
     limits = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
     if asked is not None:
         if positions and asked > positions:

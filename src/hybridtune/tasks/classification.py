@@ -253,7 +253,8 @@ class Task(TextTask):
 
     def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
         """The labels."""
-        return label_lists(rows["label"][:], self.multi_label)
+        found = label_lists(rows["label"][:], self.multi_label)
+        return [[str(one) if isinstance(one, (list, dict)) else one for one in labels] for labels in found]
 
     def aggregate(self, stats: Stats) -> dict[str, float]:
         """Accuracy, macro-F1 and others, 0 to 1: of all rows, whether the model abstains or not."""

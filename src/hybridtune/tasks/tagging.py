@@ -374,7 +374,9 @@ class Task(tasks.Task):
         """The kinds of names (or tags) of a row, the rarest first."""
         found: list[set[str]]
         if self.of_text:
-            found = [{str(span["label"]) for span in spans or []} for spans in rows["spans"][:]]
+            found = [
+                {str(span.get("label")) for span in spans or [] if isinstance(span, dict)} for spans in rows["spans"][:]
+            ]
         else:
             found = [{label for label, _, _ in entities(tags)} or set(tags) for tags in _gold(rows)]
         counts: Counter[Any] = Counter(label for labels in found for label in labels)

@@ -171,6 +171,7 @@ def _signatures(shingles: Array, starts: Array, seed: int) -> Array:
     factors, offsets = np.random.default_rng(seed).integers(0, 1 << 64, size=(2, HASHES), dtype=np.uint64)
     found = np.empty((len(starts), HASHES), dtype=np.uint64)
     blocks = np.unique(np.searchsorted(starts, np.arange(0, len(mixed), _BLOCK)))
+    blocks = blocks[blocks < len(starts)]  # a block may begin within the last text
     for first, last in pairwise([*blocks.tolist(), len(starts)]):
         mine = mixed[starts[first] : starts[last] if last < len(starts) else None]
         for at, (factor, offset) in enumerate(zip(factors | np.uint64(1), offsets, strict=True)):
