@@ -145,12 +145,12 @@ def write_predictions(path: Path, rows: Dataset, target: str, scores: Scores) ->
 
 
 def _lines(rows: Dataset, target: str, scores: Scores) -> list[str]:
-    lines = []
+    lines, files = [], rows["_source"][:] if "_source" in rows.column_names else None  # of several files
     for at, (number, gold, prediction) in enumerate(
         zip(rows["_row"][:], rows[target][:], scores.predictions, strict=True)
     ):
         stats = {name: values[at].tolist() for name, values in scores.stats.items()}
-        source = {"source": rows["_source"][at]} if "_source" in rows.column_names else {}  # of several files
+        source = {"source": files[at]} if files else {}
         line = {**source, "row": number, "gold": gold, **prediction, "stats": stats}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return lines

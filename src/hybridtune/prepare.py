@@ -25,7 +25,7 @@ from .data.doubts.tokens import token_summary, unknown_characters
 from .data.reading import read
 from .data.reading.sources import same_files
 from .engine import precision
-from .errors import DataError, RecipeError
+from .errors import DataError, RecipeError, first_line
 from .own_metrics import NO_METRICS, OwnMetrics
 from .recipe import Recipe, Rule, Stage, Strategy, Training, without_heads
 from .resolve import plan
@@ -206,9 +206,8 @@ def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
 
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
-        texts, kinds = [name for name in task.apart if name in train.column_names], task.strata(train)
-        strata = None if kinds is None else [next(iter(of_row), None) for of_row in kinds]
-        return split.hold_out(train, fraction, recipe.all_seeds()[0], texts=texts, strata=strata, keep=kinds)
+        kinds = task.strata(train)
+        return split.hold_out(train, fraction, recipe.all_seeds()[0], **_alike(task, train, kinds), keep=kinds)
     except DataError as error:
         problem = error
     try:
@@ -216,6 +215,12 @@ def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction:
     except DataError as known_better:
         problem = known_better
     raise _of_max_rows(recipe, task, source, train, problem)
+
+
+def _alike(task: Task, rows: Dataset, kinds: Sequence[Sequence[Any]] | None) -> dict[str, Any]:
+    """What parts that are held out have to know of the rows: which of them stay together, and what each is of."""
+    texts = [name for name in task.apart if name in rows.column_names]
+    return {"texts": texts, "strata": None if kinds is None else [next(iter(of_row), None) for of_row in kinds]}
 
 
 def _fingerprint(rows: Dataset, columns: Sequence[str]) -> str:
@@ -311,9 +316,8 @@ def _folds(
     """For each fold the items to train on, those to validate on, and the rows of the latter."""
     assert recipe.data.folds is not None
     every = concatenate_datasets([rows["train"], rows["validation"]])
-    texts, kinds = [name for name in task.apart if name in every.column_names], task.strata(every)
-    strata = None if kinds is None else [next(iter(of_row), None) for of_row in kinds]
-    parts = split.k_folds(every, recipe.data.folds, recipe.all_seeds()[0], texts=texts, strata=strata)
+    alike = _alike(task, every, task.strata(every))
+    parts = split.k_folds(every, recipe.data.folds, recipe.all_seeds()[0], **alike)
     encode = partial(task.encode, tokenizer=loaded.tokenizer, limit=limit)
     return [(encode(kept), encode(out), out) for kept, out in parts]
 
@@ -418,7 +422,7 @@ def _arguments(setting: Setting) -> TrainingArguments:
         get_reporting_integration_callbacks(recipe.report_to)
         return trial.training_arguments(setting, recipe.all_seeds()[0], Path(recipe.output))
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"the recipe: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"the recipe: {first_line(error)}") from None
 
 
 def _say_rule(rule: Rule, defaults: set[str]) -> str:

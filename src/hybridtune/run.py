@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from . import evaluate, export, predict
 from .data.reading import read
-from .errors import DataError, HybridtuneError, RunError, unknown
+from .errors import DataError, HybridtuneError, RunError, first_line, unknown
 from .files import read_json
 
 
@@ -103,7 +103,7 @@ class Run:
         except Exception as error:  # whatever the hub, its client or the network may raise
             raise HybridtuneError(
                 f"hub: {model} was not uploaded to {name}",
-                found=(str(error).strip() or type(error).__name__).splitlines()[0],
+                found=first_line(error),
                 mend=f'the run is finished; try again with hybridtune.load("{self.folder}").push_to_hub("{name}")',
             ) from error
 

@@ -12,9 +12,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from . import predict
+from .answer import BATCH
 from .console import Console
 from .data.checking.findings import EXAMPLES, SHOWN, Finding
-from .data.checking.rows import as_text
+from .data.checking.rows import texts_of
 from .data.doubts.curve import Curve, learning_curve
 from .data.doubts.languages import languages
 from .data.doubts.near import MOST_ROWS, Near, near_duplicates
@@ -60,7 +61,7 @@ def _sample(table: Dataset, seed: int) -> Dataset:
 
 
 def _texts(table: Dataset, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    return list(zip(*([as_text(value) for value in table[name][:]] for name in columns), strict=True))
+    return list(zip(*(texts_of(table, name) for name in columns), strict=True))
 
 
 def _near_findings(
@@ -124,7 +125,7 @@ def features(
     for name, most in (("train", TRAIN_ROWS), ("validation", HELD_ROWS)):
         count = min(len(rows[name]), int(most * share))
         at = np.sort(chance.permutation(len(rows[name]))[:count])
-        found.append(predict.features(loaded.model, items[name].select(at), loaded.tokenizer, 32))
+        found.append(predict.features(loaded.model, items[name].select(at), loaded.tokenizer, BATCH))
         picked.append(rows[name].select(at))
     return Features(found[0], found[1], picked[0], picked[1])
 

@@ -33,7 +33,7 @@ from .recipe import Recipe, Strategy
 from .resolve import Plan
 from .stage import METRICS, SPEED
 from .start import Start
-from .tasks import Task, for_the_model
+from .tasks import Logits, Task, for_the_model
 from .train import HybridTrainer
 from .tuned import Tuned
 
@@ -253,6 +253,13 @@ def training_arguments(setting: Setting, seed: int, folder: Path) -> TrainingArg
     )
 
 
+def _scores(setting: Setting, logits: Logits, items: Dataset, rows: Dataset) -> dict[str, float]:
+    """The task's metrics, and those of the user's own."""
+    task, own = setting.task, setting.own_metrics
+    found = task.aggregate(task.row_stats(logits, items, rows))
+    return found | own.measure(task, task.decode(logits, items, rows), rows) if own.functions else found
+
+
 def _metrics(setting: Setting, order: np.ndarray) -> Callable[[EvalPrediction], dict[str, float]]:
     """The task's metrics, with the user's own beside them."""
     task, lengths = setting.task, [len(ids) for ids in setting.validation["input_ids"][:]]
@@ -260,10 +267,7 @@ def _metrics(setting: Setting, order: np.ndarray) -> Callable[[EvalPrediction], 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         answers = dict(zip(order.tolist(), prediction.predictions, strict=True))
         logits = [answers[item][: lengths[item]] if task.per_token else answers[item] for item in range(len(order))]
-        items, rows = setting.validation, setting.validation_rows
-        found = task.aggregate(task.row_stats(logits, items, rows))
-        if setting.own_metrics.functions:
-            found |= setting.own_metrics.measure(task, task.decode(logits, items, rows), rows)
+        found = _scores(setting, logits, setting.validation, setting.validation_rows)
         return found | (setting.compute_metrics(prediction) if setting.compute_metrics else {})
 
     return compute
@@ -281,9 +285,7 @@ def _measure(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> Callable[[
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
         written = answer.answers(model, task, items, tokenizer, size)
-        found = task.aggregate(task.row_stats(written, items, rows))
-        if setting.own_metrics.functions:
-            found |= setting.own_metrics.measure(task, task.decode(written, items, rows), rows)
+        found = _scores(setting, written, items, rows)
         if setting.compute_metrics is None:
             return found
         pad = tokenizer.pad_token_id

@@ -10,7 +10,7 @@ import pandas as pd
 from datasets import Dataset
 
 from ..errors import DataError
-from .checking.rows import as_text, text_keys
+from .checking.rows import text_keys, texts_of
 from .doubts.near import MOST_ROWS, clusters
 
 MIN_ROWS = 10
@@ -117,7 +117,7 @@ def _twins(rows: Dataset, texts: Sequence[str]) -> np.ndarray:
     equal: np.ndarray = pd.factorize(keys)[0]
     if len(rows) > MOST_ROWS:
         return equal
-    near = clusters([tuple(map(as_text, values)) for values in zip(*(rows[name][:] for name in texts), strict=True)])
+    near = clusters(list(zip(*(texts_of(rows, name) for name in texts), strict=True)))
     large = np.bincount(near)[near] > max(FEW_TWINS, MANY_TWINS * len(rows))
     group: np.ndarray = pd.factorize(np.where(large, equal + len(rows), near))[0]
     return group

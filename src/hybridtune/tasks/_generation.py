@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from .. import tasks
 from ..data.checking import check
+from ..data.checking.rows import texts_of
 from ..errors import RecipeError
 from . import Logits, Stats, _writing
 from ._prompts import Prompts
@@ -123,11 +124,11 @@ class WritingTask(tasks.Task):
         """
         prompts, longest = self._prompts(tokenizer), self.target_limit(limit)
         room = limit if self.encoder_decoder else limit - longest
-        given, lengths, unknown = prompts.said(_texts(rows, self.inputs[0]), room)
+        given, lengths, unknown = prompts.said(texts_of(rows, self.inputs[0]), room)
         columns: dict[str, Any] = {"input_ids": given, "length": [length + limit - room for length in lengths]}
         columns["unknown"] = unknown
         if self.target in rows.column_names:
-            found = prompts.written(_texts(rows, self.target), longest)
+            found = prompts.written(texts_of(rows, self.target), longest)
             columns |= dict(zip(("labels", "target_length", "target_unknown"), found, strict=True))
         if not self.encoder_decoder:
             columns["prompt"] = [len(ids) for ids in given]
@@ -201,7 +202,7 @@ class WritingTask(tasks.Task):
         more = rows["references"][:] if "references" in rows.column_names else [None] * len(rows)
         return [
             [text, *(str(one) for one in ([others] if isinstance(others, str) else others or []) if one)]
-            for text, others in zip(_texts(rows, self.target), more, strict=True)
+            for text, others in zip(texts_of(rows, self.target), more, strict=True)
         ]
 
     def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
@@ -214,7 +215,7 @@ class WritingTask(tasks.Task):
         golds = self.golds(rows)
         looks = [
             (len(text), np.mean(list(map(len, gold))), not text, _repeats(text), _copied(text, source), text in gold)
-            for text, gold, source in zip(texts, golds, _texts(rows, self.inputs[0]), strict=True)
+            for text, gold, source in zip(texts, golds, texts_of(rows, self.inputs[0]), strict=True)
         ]
         names = ("characters", "gold_characters", "empty", "repeats", "copied", "exact")
         columns = dict(zip(names, map(np.array, zip(*looks, strict=True)), strict=True))
@@ -239,7 +240,7 @@ class WritingTask(tasks.Task):
 
     def learn_script(self, train: Dataset, language: str | None = None) -> list[check.Finding]:
         """Finds out how words are told apart, and says so where they have no spaces between them."""
-        texts = _texts(train, self.target)
+        texts = texts_of(train, self.target)
         self.script = self.script or script_of(texts, language)
         if self.script not in NO_SPACES:
             return []
@@ -256,7 +257,7 @@ class WritingTask(tasks.Task):
         for name, rows in splits.items():
             entry: dict[str, Any] = {"split": name}
             for column in (self.inputs[0], self.target):
-                lengths = [len(text) for text in _texts(rows, column)]
+                lengths = [len(text) for text in texts_of(rows, column)]
                 entry |= {f"{column}_median": float(np.median(lengths)), f"{column}_longest": max(lengths)}
             found.append(entry)
         return {"written": found}
@@ -264,7 +265,7 @@ class WritingTask(tasks.Task):
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """How the texts look, and the best and the worst of them beside what would have been right."""
         order = np.argsort(self.each(stats), kind="stable")
-        texts, golds = _texts(rows, self.inputs[0]), self.golds(rows)
+        texts, golds = texts_of(rows, self.inputs[0]), self.golds(rows)
 
         def shown(numbers: np.ndarray) -> list[dict[str, Any]]:
             return [
@@ -298,10 +299,6 @@ class WritingTask(tasks.Task):
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         told = f"It is told `{self.template}`. " if self.template else ""
         return f"{told}Its generation_config.json says how it writes: {settings}. `hybridtune predict` does both."
-
-
-def _texts(rows: Dataset, column: str) -> list[str]:
-    return ["" if value is None else str(value) for value in rows[column][:]]
 
 
 def _repeats(text: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from .. import tasks
+from ..data.checking.rows import texts_of
 from ..errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ class TextTask(tasks.Task):
 
     def texts(self, rows: Dataset) -> tuple[list[str], list[str] | None]:
         """The texts (and their pairs) that the tokenizer gets, the template filled in."""
-        pairs = [_text(value) for value in rows["text_pair"][:]] if "text_pair" in rows.column_names else None
-        texts = [_text(value) for value in rows["text"][:]]
+        pairs = texts_of(rows, "text_pair") if "text_pair" in rows.column_names else None
+        texts = texts_of(rows, "text")
         if self.template is None:
             return texts, pairs
         if pairs is not None and "{text_pair}" in self.template:
@@ -179,10 +180,6 @@ def count_unknown(ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBa
     """How many tokens of each row the tokenizer does not know."""
     unknown = tokenizer.unk_token_id
     return [row.count(unknown) if unknown is not None else 0 for row in ids]
-
-
-def _text(value: Any) -> str:
-    return "" if value is None or value != value else str(value)  # NaN is not itself
 
 
 def _fill(template: str, **values: str) -> str:

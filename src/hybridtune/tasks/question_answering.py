@@ -11,6 +11,7 @@ from datasets import Dataset
 from .. import tasks
 from ..data.checking import check
 from ..data.checking.answers import answers_of
+from ..data.checking.rows import texts_of
 from . import Logits, Stats, _squad, metrics
 from ._texts import pad_on_the_right, sentences
 from ._windows import of_rows, windows
@@ -120,7 +121,7 @@ class Task(tasks.Task):
 
         In a window that does not hold the whole answer, both are the first token.
         """
-        columns = windows(tokenizer, _texts(rows, "context"), limit, self.doc_stride, _texts(rows, "question"))
+        columns = windows(tokenizer, texts_of(rows, "context"), limit, self.doc_stride, texts_of(rows, "question"))
         if self.target in rows.column_names:
             spans = [_span(answers) for answers in rows[self.target][:]]
             places = zip(columns["row"], columns["starts"], columns["ends"], strict=True)
@@ -201,7 +202,7 @@ class Task(tasks.Task):
 
         Scores are the softmax over the best candidates, no answer among them where there may be none.
         """
-        found, contexts = self._candidates(logits, items, rows), _texts(rows, "context")
+        found, contexts = self._candidates(logits, items, rows), texts_of(rows, "context")
         decoded = []
         for (nothing, pieces), context, answer in zip(found, contexts, self._answers(found, contexts), strict=True):
             named = [(_cut_out(context, piece), value) for piece, value in pieces.items()]
@@ -224,7 +225,7 @@ class Task(tasks.Task):
     def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
         """Exact match and F1 of each row's answer, and whether the row has one."""
         found = self._candidates(logits, items, rows)
-        return _stats([answer for answer, _ in self._answers(found, _texts(rows, "context"))], _golds(rows))
+        return _stats([answer for answer, _ in self._answers(found, texts_of(rows, "context"))], _golds(rows))
 
     def aggregate(self, stats: Stats) -> dict[str, float]:
         """Exact match and F1, 0 to 100, as the official script of SQuAD."""
@@ -251,7 +252,7 @@ class Task(tasks.Task):
 
     def fitted(self, logits: Logits, items: Dataset, rows: Dataset) -> Self:
         """With the threshold that gives the best F1 on these rows."""
-        golds, contexts = _golds(rows), _texts(rows, "context")
+        golds, contexts = _golds(rows), texts_of(rows, "context")
         found = self._candidates(logits, items, rows)
         pieces = [next(iter(one), None) for _, one in found]
         margins = np.array(
@@ -272,7 +273,7 @@ class Task(tasks.Task):
     ) -> list[tuple[str, str, Stats]]:
         """The sentence that is most like the question; where there may be no answer, never any."""
         golds = _golds(test)
-        answers = _most_alike(_texts(train, "context"), _texts(test, "question"), _texts(test, "context"))
+        answers = _most_alike(texts_of(train, "context"), texts_of(test, "question"), texts_of(test, "context"))
         detail = "the sentence of the context whose words (tf-idf) are most like the question's"
         found = [("likest sentence", detail, _stats(answers, golds))]
         if self.no_answer:
@@ -285,7 +286,7 @@ class Task(tasks.Task):
         for name, rows in splits.items():
             golds = _golds(rows)
             lengths = [len(texts[0]) for texts in golds if texts] or [0]
-            counts = {"rows": len(rows), "contexts": len(set(_texts(rows, "context")))}
+            counts = {"rows": len(rows), "contexts": len(set(texts_of(rows, "context")))}
             without = sum(not texts for texts in golds)
             found.append(
                 {"split": name, **counts, "no_answer": without, "answer_characters": float(np.median(lengths))}
@@ -295,7 +296,7 @@ class Task(tasks.Task):
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The wrong answers that the model was most sure of."""
         order = np.lexsort((-np.array([one["score"] for one in predictions]), stats["f1"]))
-        questions, contexts, golds = _texts(rows, "question"), _texts(rows, "context"), _golds(rows)
+        questions, contexts, golds = texts_of(rows, "question"), texts_of(rows, "context"), _golds(rows)
         worst = [
             {
                 "row": rows["_row"][int(at)],
@@ -321,10 +322,6 @@ def _without_padding(model: Any, args: Any, kwargs: dict[str, Any], output: Any)
             logits = output[key]
             output[key] = logits.masked_fill(~mask.bool(), NEVER)
     return output
-
-
-def _texts(rows: Dataset, column: str) -> list[str]:
-    return ["" if value is None else str(value) for value in rows[column][:]]
 
 
 def _golds(rows: Dataset) -> list[list[str]]:

@@ -196,10 +196,19 @@ def as_text(value: Any) -> str:
     return "" if pd.isna(value) else str(value)
 
 
+def texts_of(data: Dataset, column: str) -> list[str]:
+    """Returns the values of a column as texts."""
+    return list(map(as_text, data[column][:]))
+
+
 def text_key(*texts: str) -> bytes:
     """Returns eight bytes that are equal for texts that differ only by case, white space or Unicode form."""
-    plain = "\x1f".join(" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
-    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return hashlib.blake2b(plain_text(*texts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def plain_text(*texts: str) -> str:
+    """Returns the texts as one, without differences of case, white space and Unicode form."""
+    return "\x1f".join(" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
 
 
 def place(source: str, number: int) -> str:

@@ -11,7 +11,6 @@ arrays of all rows are three times faster.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checking.rows import text_key
+from ..checking.rows import plain_text, text_key
 
 Texts: TypeAlias = Sequence[str | tuple[str, ...]]
 Array: TypeAlias = NDArray[Any]
@@ -147,8 +146,9 @@ def _shingles(texts: list[tuple[str, ...]]) -> tuple[Array, Array]:
     """The different shingles of every text, ascending, uint64 [all], and where each text's begin, [texts + 1]."""
     found, ends = [], [0]
     for parts in texts:
-        plain = "\x1f".join(" ".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in parts)
-        points = np.frombuffer(plain[:CHARACTERS].encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
+        points = np.frombuffer(
+            plain_text(*parts)[:CHARACTERS].encode("utf-32-le", "surrogatepass"), dtype="<u4"
+        ).astype(np.uint64)
         count = max(len(points) - _SHINGLE + 1, 0)
         numbers = np.zeros(count, dtype=np.uint64)
         for at in range(_SHINGLE):

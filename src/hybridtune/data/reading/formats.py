@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyarrow import parquet
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from .conll import read_conll
 from .delimited import read_table
 from .encoding import look
@@ -65,7 +65,7 @@ def _parquet(file: File) -> Iterator[Batch]:
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"{file.name}: is not a readable parquet file",
-            found=str(error).splitlines()[0][:160],
+            found=first_line(error, 160),
             mend="copy it once more, or write it anew: it may be cut off",
         ) from error
 

@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from . import sources
 from .columns import find_columns, map_columns, rename_columns
 from .delimited import long_cells
@@ -237,7 +237,7 @@ def _open(part: Part, split: str, folder: Path) -> File | Path | Dataset:
     except Exception as error:  # whatever the hub, its client or a loader may raise
         raise DataError(
             f"{name}: there is no such file or folder, and no data set of that name could be loaded from the hub",
-            found=(str(error) or type(error).__name__).splitlines()[0],
+            found=first_line(error),
             mend=f"{sources.missing_file(path)}, or check the hub id, its splits and the connection",
         ) from error
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from .files import File
 from .header import column_names
 from .notes import Notes
@@ -45,7 +45,7 @@ def read_sheet(file: File, kind: str, notes: Notes) -> Iterator[Batch]:
     except Exception as error:  # whatever the libraries raise on XML or records that are damaged
         raise DataError(
             f"{file.name}: is not a readable {kind} file",
-            found=(str(error) or type(error).__name__).splitlines()[0][:160],
+            found=first_line(error, 160),
             mend="open it in a spreadsheet and save it anew, or save it as CSV (UTF-8)",
         ) from error
 

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 from datasets import Dataset
 
-from ...errors import DataError, nearest_file
+from ...errors import DataError, first_line, nearest_file
 from .files import LINED_SUFFIXES, READ_AS
 from .tables import ROW, SOURCE
 
@@ -147,7 +147,7 @@ def _system(name: str) -> tuple[Any, str]:
     except ImportError as error:
         raise DataError(
             f"{name}: the package that reads such addresses is not installed",
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             mend="pip install 'hybridtune[remote]' for https and s3, that package for others, or copy the file here",
         ) from error
     except Exception as error:  # whatever a driver may raise
@@ -180,7 +180,7 @@ def _unreachable(name: str, error: Exception) -> DataError:
         return DataError(f"{name}: there is no such file", mend="correct the address")
     return DataError(
         f"{name}: cannot be read from there",
-        found=((str(error) or type(error).__name__).splitlines()[0])[:160],
+        found=first_line(error, 160),
         mend="check the address, the connection and the rights, or copy the file to this machine",
     )
 
