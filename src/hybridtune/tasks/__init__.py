@@ -258,6 +258,11 @@ class Task(ABC):
     def look_at(self, columns: Sequence[str]) -> None:  # noqa: B027
         """Is told of the columns that a file has, before those that are required are looked for."""
 
+    def has(self, name: str, columns: Sequence[str]) -> bool:
+        """Whether one of a file's columns is what the task calls `name`."""
+        lower = {column.strip().lower() for column in columns}
+        return bool({name, *self.columns[name]} & lower) or self.hints.get(name) in columns
+
     @property
     def metric(self) -> str:
         """The task's own metric, where the goal names none."""

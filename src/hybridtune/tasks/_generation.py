@@ -43,6 +43,7 @@ class WritingTask(tasks.Task):
         hints: the user's own names of columns.
     """
 
+    most_new_tokens: ClassVar[int] = _writing.MAX_NEW_TOKENS
     auto_class = "AutoModelForSeq2SeqLM"  # of a decoder alone see `model.load`
     peft_type = "SEQ_2_SEQ_LM"
     writes = True
@@ -60,7 +61,7 @@ class WritingTask(tasks.Task):
         hints: dict[str, str] | None = None,
     ) -> None:
         self.template, self.generate_on, self.script = template, generate_on, script
-        self.settings = {"max_new_tokens": _writing.MAX_NEW_TOKENS, **(settings or {})}
+        self.settings = {"max_new_tokens": self.most_new_tokens, **(settings or {})}
         self.hints = dict(hints or {})
         self.encoder_decoder = True  # `prepare` is told by the model
         self._tokenizer: Any = None
@@ -111,7 +112,17 @@ class WritingTask(tasks.Task):
         self._config = _writing.set_up(model, tokenizer, self.settings, prompts.end)
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-        return Prompts(tokenizer, self.template, f"{{{self.inputs[0]}}}", self.encoder_decoder)
+        chat = not self.encoder_decoder and bool(tokenizer.chat_template)
+        return Prompts(tokenizer, self.template or self.untold(chat), self.about, self.encoder_decoder, chat)
+
+    @property
+    def about(self) -> str:
+        """The column of the text that is written about: where all is too long, its end is cut off."""
+        return self.inputs[-1]
+
+    def untold(self, chat: bool) -> str:
+        """What the model is told where the recipe has no template."""
+        return f"{{{self.about}}}"
 
     def target_limit(self, limit: int) -> int:
         """As many as the model may write, but of a decoder's text no more than half."""
@@ -124,11 +135,12 @@ class WritingTask(tasks.Task):
         """
         prompts, longest = self._prompts(tokenizer), self.target_limit(limit)
         room = limit if self.encoder_decoder else limit - longest
-        given, lengths, unknown = prompts.said(texts_of(rows, self.inputs[0]), room)
+        texts = zip(*(texts_of(rows, name) for name in self.inputs), strict=True)
+        given, lengths, unknown = prompts.said([dict(zip(self.inputs, row, strict=True)) for row in texts], room)
         columns: dict[str, Any] = {"input_ids": given, "length": [length + limit - room for length in lengths]}
         columns["unknown"] = unknown
         if self.target in rows.column_names:
-            found = prompts.written(texts_of(rows, self.target), longest)
+            found = prompts.written([golds[0] for golds in self.golds(rows)], longest)
             columns |= dict(zip(("labels", "target_length", "target_unknown"), found, strict=True))
         if not self.encoder_decoder:
             columns["prompt"] = [len(ids) for ids in given]
@@ -190,15 +202,15 @@ class WritingTask(tasks.Task):
         return [text.strip() for text in told]
 
     def decode(self, logits: Logits, items: Dataset, rows: Dataset) -> list[dict[str, Any]]:
-        """`text`: what was written."""
-        return [{"text": text} for text in self.texts(logits)]
+        """What was written."""
+        return [{self.answer: text} for text in self.texts(logits)]
 
     def say(self, prediction: dict[str, Any]) -> str:
         """The text."""
-        return str(prediction["text"])
+        return str(prediction[self.answer])
 
     def golds(self, rows: Dataset) -> list[list[str]]:
-        """For each row the texts that would be right."""
+        """For each row the texts that would be right; the first is learnt."""
         more = rows["references"][:] if "references" in rows.column_names else [None] * len(rows)
         return [
             [text, *(str(one) for one in ([others] if isinstance(others, str) else others or []) if one)]
@@ -215,7 +227,7 @@ class WritingTask(tasks.Task):
         golds = self.golds(rows)
         looks = [
             (len(text), np.mean(list(map(len, gold))), not text, _repeats(text), _copied(text, source), text in gold)
-            for text, gold, source in zip(texts, golds, texts_of(rows, self.inputs[0]), strict=True)
+            for text, gold, source in zip(texts, golds, texts_of(rows, self.about), strict=True)
         ]
         names = ("characters", "gold_characters", "empty", "repeats", "copied", "exact")
         columns = dict(zip(names, map(np.array, zip(*looks, strict=True)), strict=True))
@@ -256,8 +268,10 @@ class WritingTask(tasks.Task):
         found = []
         for name, rows in splits.items():
             entry: dict[str, Any] = {"split": name}
-            for column in (self.inputs[0], self.target):
-                lengths = [len(text) for text in texts_of(rows, column)]
+            texts = {name: texts_of(rows, name) for name in self.inputs}
+            texts[self.target] = [golds[0] for golds in self.golds(rows)]
+            for column, of_rows in texts.items():
+                lengths = list(map(len, of_rows))
                 entry |= {f"{column}_median": float(np.median(lengths)), f"{column}_longest": max(lengths)}
             found.append(entry)
         return {"written": found}
@@ -265,7 +279,8 @@ class WritingTask(tasks.Task):
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """How the texts look, and the best and the worst of them beside what would have been right."""
         order = np.argsort(self.each(stats), kind="stable")
-        texts, golds = texts_of(rows, self.inputs[0]), self.golds(rows)
+        golds = self.golds(rows)
+        texts = [" | ".join(row) for row in zip(*(texts_of(rows, name) for name in self.inputs), strict=True)]
 
         def shown(numbers: np.ndarray) -> list[dict[str, Any]]:
             return [
@@ -273,7 +288,7 @@ class WritingTask(tasks.Task):
                     "row": rows["_row"][int(at)],
                     "text": texts[at][:EXAMPLE],
                     "gold": " / ".join(golds[at])[:EXAMPLE],
-                    "predicted": predictions[at]["text"][:EXAMPLE],
+                    "predicted": predictions[at][self.answer][:EXAMPLE],
                 }
                 for at in numbers
             ]
@@ -297,7 +312,8 @@ class WritingTask(tasks.Task):
     def reading(self) -> str:
         """What the model is told, and how it writes."""
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        told = f"It is told `{self.template}`. " if self.template else ""
+        template = self._prompts(self._tokenizer).template
+        told = f"It is told `{template}`. " if template != f"{{{self.about}}}" else ""
         return f"{told}Its generation_config.json says how it writes: {settings}. `hybridtune predict` does both."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "hybridtune"  # stands for an answer where it is looked what a chat template puts behind one
+_PLACE = re.compile(r"\{(\w+)\}")
+
+Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -21,20 +25,17 @@ class Prompts:
 
     Args:
         tokenizer: the model's.
-        template: what is said, with a place for the row's text.
-        place: that place, such as {source}.
+        template: what is said, with places for the row's texts, such as {source}.
+        cut: which of these texts is made shorter where all is too long.
         encoder_decoder: whether what is said and what is written are two texts; else the one continues the other.
+        chat: whether what is said is a user's message, in the tokenizer's own format.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    template: str | None
-    place: str
+    template: str
+    cut: str
     encoder_decoder: bool
-
-    @property
-    def chat(self) -> bool:
-        """Whether what is said is a user's message, in the tokenizer's own format."""
-        return not self.encoder_decoder and bool(self.tokenizer.chat_template)
+    chat: bool
 
     def refuse(self) -> None:
         """Refuses a decoder that could not tell where its answer begins.
@@ -44,12 +45,13 @@ class Prompts:
         """
         if self.encoder_decoder or self.chat:
             return
-        if self.template is None or self.template.endswith(self.place):
+        *_, last = _PLACE.finditer(self.template)
+        if not self.template[last.end() :]:
             raise ModelError(
                 "template: a decoder without a chat template has to be told where its answer begins",
                 found=self.template,
-                expected=f"words behind {self.place}",
-                mend=f"such as template: '{self.place}\\nAnswer: '",
+                expected=f"words behind {last.group()}",
+                mend=f"such as template: '{self.template}\\nAnswer: '",
             )
 
     @property
@@ -74,15 +76,15 @@ class Prompts:
             )
         return int(end)
 
-    def said(self, texts: Sequence[str], room: int) -> tuple[list[list[int]], list[int], list[int]]:
-        """Tokens of what is said; of texts that are too long the end is cut off, and never the template.
+    def said(self, rows: Sequence[Row], room: int) -> tuple[list[list[int]], list[int], list[int]]:
+        """Tokens of what is said; where it is too long the end of the text `cut` is cut off, and never the template.
 
         Returns:
-            For each text its tokens, their number before it was cut, and how many of them are unknown.
+            For each row its tokens, their number before it was cut, and how many of them are unknown.
         """
-        full = self._tokens(texts)
+        full = self._tokens(rows)
         return (
-            [ids if len(ids) <= room else self._cut(text, ids, room) for text, ids in zip(texts, full, strict=True)],
+            [ids if len(ids) <= room else self._shorter(row, ids, room) for row, ids in zip(rows, full, strict=True)],
             [len(ids) for ids in full],
             count_unknown(full, self.tokenizer),
         )
@@ -115,10 +117,10 @@ class Prompts:
     @property
     def _space(self) -> str:
         """The space at the end of a template belongs to the answer: tokens of words begin with it."""
-        return " " if self.template is not None and self.template.endswith(" ") and not self.chat else ""
+        return " " if self.template.endswith(" ") and not self.chat else ""
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        said = [text if self.template is None else self.template.replace(self.place, text) for text in texts]
+    def _tokens(self, rows: Sequence[Row]) -> list[list[int]]:
+        said = [_PLACE.sub(lambda place, row=row: row.get(place[1], place[0]), self.template) for row in rows]  # type: ignore[misc]
         if self.chat:
             talks = [[{"role": "user", "content": words}] for words in said]
             ids: list[list[int]] = self.tokenizer.apply_chat_template(
@@ -132,8 +134,9 @@ class Prompts:
         # Some tokenizers end every text; what is to be continued has no end.
         return [(ids[:-1] if ids and ids[-1] == self.end else ids) or [self.end] for ids in found]
 
-    def _cut(self, text: str, ids: list[int], room: int) -> list[int]:
+    def _shorter(self, row: Row, ids: list[int], room: int) -> list[int]:
+        text = row[self.cut]
         while len(ids) > room and text:
             text = text[: min(len(text) - 1, len(text) * room // len(ids))]
-            (ids,) = self._tokens([text])
+            (ids,) = self._tokens([{**row, self.cut: text}])
         return ids[-room:]  # a template longer than there is room

@@ -12,8 +12,8 @@ from .. import tasks
 from ..data.checking import check
 from ..data.checking.answers import answers_of
 from ..data.checking.rows import texts_of
-from . import Logits, Stats, _squad, metrics
-from ._texts import pad_on_the_right, sentences
+from . import Logits, Stats, _squad
+from ._texts import pad_on_the_right
 from ._windows import of_rows, windows
 from .metrics import Interval
 
@@ -93,7 +93,7 @@ class Task(tasks.Task):
         """Checks that answers stand where they are said to; learns whether there may be none."""
         splits, findings = check.check_question_answering(splits, sources=sources)
         if self.no_answer is None:
-            self.no_answer = any(not golds for golds in _golds(splits["train"]))
+            self.no_answer = any(not golds for golds in _squad.golds_of(splits["train"]))
         return splits, findings
 
     def state(self) -> dict[str, Any]:
@@ -225,16 +225,16 @@ class Task(tasks.Task):
     def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
         """Exact match and F1 of each row's answer, and whether the row has one."""
         found = self._candidates(logits, items, rows)
-        return _stats([answer for answer, _ in self._answers(found, texts_of(rows, "context"))], _golds(rows))
+        answers = [answer for answer, _ in self._answers(found, texts_of(rows, "context"))]
+        return _squad.stats(answers, _squad.golds_of(rows))
 
     def aggregate(self, stats: Stats) -> dict[str, float]:
         """Exact match and F1, 0 to 100, as the official script of SQuAD."""
-        return {key: 100 * float(stats[key].mean()) for key in ("f1", "exact_match")}
+        return _squad.aggregate(stats)
 
     def intervals(self, stats: Stats) -> dict[str, Interval]:
         """Wilson for exact match, BCa bootstrap for F1."""
-        found = super().intervals(stats)
-        return {**found, "exact_match": metrics.wilson(int(stats["exact_match"].sum()), len(stats["f1"])).times(100)}
+        return _squad.intervals(stats)
 
     def right(self, stats: Stats) -> np.ndarray:
         """Whether the answer is exactly one of the right ones."""
@@ -252,14 +252,14 @@ class Task(tasks.Task):
 
     def fitted(self, logits: Logits, items: Dataset, rows: Dataset) -> Self:
         """With the threshold that gives the best F1 on these rows."""
-        golds, contexts = _golds(rows), texts_of(rows, "context")
+        golds, contexts = _squad.golds_of(rows), texts_of(rows, "context")
         found = self._candidates(logits, items, rows)
         pieces = [next(iter(one), None) for _, one in found]
         margins = np.array(
             [nothing - (one[p] if p else -np.inf) for (nothing, one), p in zip(found, pieces, strict=True)]
         )
         texts = [_cut_out(text, piece)[0] if piece else "" for text, piece in zip(contexts, pieces, strict=True)]
-        given, none = (_stats(answers, golds)["f1"] for answers in (texts, [""] * len(texts)))
+        given, none = (_squad.stats(answers, golds)["f1"] for answers in (texts, [""] * len(texts)))
         # The rows in the order of their margins: with a threshold between two, those after it get no answer.
         order = np.argsort(margins, kind="stable")
         gains = np.concatenate([[0.0], np.cumsum((given - none)[order])])
@@ -272,31 +272,21 @@ class Task(tasks.Task):
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
     ) -> list[tuple[str, str, Stats]]:
         """The sentence that is most like the question; where there may be no answer, never any."""
-        golds = _golds(test)
-        answers = _most_alike(texts_of(train, "context"), texts_of(test, "question"), texts_of(test, "context"))
-        detail = "the sentence of the context whose words (tf-idf) are most like the question's"
-        found = [("likest sentence", detail, _stats(answers, golds))]
+        made = [_squad.likest_sentence(train, test)]
         if self.no_answer:
-            found.append(("no answer", "to every question", _stats([""] * len(golds), golds)))
-        return found
+            made.append(("no answer", "to every question", [""] * len(test)))
+        golds = _squad.golds_of(test)
+        return [(name, how, _squad.stats(answers, golds)) for name, how, answers in made]
 
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
         """How many questions, contexts and answers each split has."""
-        found = []
-        for name, rows in splits.items():
-            golds = _golds(rows)
-            lengths = [len(texts[0]) for texts in golds if texts] or [0]
-            counts = {"rows": len(rows), "contexts": len(set(texts_of(rows, "context")))}
-            without = sum(not texts for texts in golds)
-            found.append(
-                {"split": name, **counts, "no_answer": without, "answer_characters": float(np.median(lengths))}
-            )
-        return {"answers": found}
+        return {"answers": [_squad.profile(name, rows) for name, rows in splits.items()]}
 
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The wrong answers that the model was most sure of."""
         order = np.lexsort((-np.array([one["score"] for one in predictions]), stats["f1"]))
-        questions, contexts, golds = texts_of(rows, "question"), texts_of(rows, "context"), _golds(rows)
+        questions, contexts = texts_of(rows, "question"), texts_of(rows, "context")
+        golds = _squad.golds_of(rows)
         worst = [
             {
                 "row": rows["_row"][int(at)],
@@ -311,7 +301,7 @@ class Task(tasks.Task):
 
     def strata(self, rows: Dataset) -> Sequence[Sequence[Hashable]]:
         """Whether there is an answer."""
-        return [(bool(golds),) for golds in _golds(rows)]
+        return [(bool(golds),) for golds in _squad.golds_of(rows)]
 
 
 def _without_padding(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -322,15 +312,6 @@ def _without_padding(model: Any, args: Any, kwargs: dict[str, Any], output: Any)
             logits = output[key]
             output[key] = logits.masked_fill(~mask.bool(), NEVER)
     return output
-
-
-def _golds(rows: Dataset) -> list[list[str]]:
-    return [[text for text, _ in answers_of(value)] for value in rows["answers"][:]]
-
-
-def _stats(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
-    scores = np.array([_squad.score(answer, gold) for answer, gold in zip(answers, golds, strict=True)]).reshape(-1, 2)
-    return {"exact_match": scores[:, 0], "f1": scores[:, 1], "answerable": np.array([bool(gold) for gold in golds])}
 
 
 def _span(answers: Any) -> tuple[int, int] | None:
@@ -353,15 +334,3 @@ def _cut_out(context: str, piece: tuple[int, int]) -> tuple[str, int]:
     """The words of a piece, and where they begin; some tokenizers count the space before a word to it."""
     text = context[slice(*piece)]
     return text.strip(), piece[0] + len(text) - len(text.lstrip())
-
-
-def _most_alike(train: Sequence[str], questions: Sequence[str], contexts: Sequence[str]) -> list[str]:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True).fit([*dict.fromkeys(train)])
-    answers = []
-    for question, context in zip(questions, contexts, strict=True):
-        found = sentences(context) or [""]
-        alike = (words.transform(found) @ words.transform([question]).T).toarray().ravel()
-        answers.append(found[int(alike.argmax())])
-    return answers

@@ -83,12 +83,8 @@ class Task(tasks.Task):
 
     def look_at(self, columns: Sequence[str]) -> None:
         """Texts with spans, unless there are tokens."""
-        lower = {column.lower() for column in columns}
-
-        def has(name: str) -> bool:
-            return bool({name, *self.columns[name]} & lower) or self.hints.get(name) in columns
-
-        self._take_texts(has("spans") and has("text") and not (has("tokens") and has("tags")))
+        worded = self.has("tokens", columns) and self.has("tags", columns)
+        self._take_texts(self.has("spans", columns) and self.has("text", columns) and not worded)
 
     def check(
         self, splits: dict[str, Dataset], sources: dict[str, str]

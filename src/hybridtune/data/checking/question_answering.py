@@ -1,9 +1,10 @@
-"""The check of questions whose answers stand in a context."""
+"""The check of questions and their answers, which stand in a context or are in words of their own."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ...errors import DataError
-from .answers import ABSENT, KINDS, answers_of, settled
+from .answers import ABSENT, KINDS, Answer, answers_of, settled
 from .findings import SHOWN, Finding, drop, finding
 from .rows import Rows, as_text, column_type, open_rows, text_keys
 from .steps import empty_texts, train_of
@@ -27,6 +28,7 @@ class Answered(Rows):
     """Rows of a question answering.
 
     Attributes:
+        extracted: whether answers are pieces of their contexts.
         contexts: for each kept row eight bytes, equal for equal contexts.
         digests: for each kept row eight bytes, equal for equal answers.
         amiss: for each kept row which of `KINDS` one of its answers has, a bit for each.
@@ -35,6 +37,7 @@ class Answered(Rows):
         changed: for each kept row whether its answers are not what they were.
     """
 
+    extracted: bool
     contexts: np.ndarray
     digests: np.ndarray
     amiss: np.ndarray
@@ -62,29 +65,38 @@ class Answered(Rows):
         if column_type(self.data, "answers") == ANSWERS and not self.changed.any():
             return {}
 
-        def made(*columns: list[Any]) -> list[Any]:
-            rows = zip(*columns, strict=True)
-            return [settled(answers_of(*given), as_text(context), self.split == "train")[0] for context, *given in rows]
+        names = _columns(self)
 
-        return {"answers": self.rewritten(made, ANSWERS, *_columns(self))}
+        def made(*columns: list[Any]) -> list[Any]:
+            rows = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+            return [_settled(_answers(row), row, self.extracted, self.split)[0] for row in rows]
+
+        return {"answers": self.rewritten(made, ANSWERS, *names)}
 
 
 _BITS = {kind: 1 << at for at, kind in enumerate(KINDS)}
 
 
 def check_question_answering(
-    splits: dict[str, Dataset], *, sources: dict[str, str]
+    splits: dict[str, Dataset],
+    *,
+    sources: dict[str, str],
+    texts: Sequence[str] = ("question", "context"),
+    extracted: bool = True,
 ) -> tuple[dict[str, Dataset], list[Finding]]:
-    """Checks and repairs questions with answers that stand in a context.
+    """Checks and repairs questions and their answers.
 
     Args:
-        splits: "train", and "validation" and "test" where they are there, with the columns `question`, `context`,
+        splits: "train", and "validation" and "test" where they are there, with the columns `texts`,
             `answers` (in any form that `answers_of` reads), `_row` and perhaps `answer_start`. They are not changed.
         sources: for each split what `describe` returned, for messages.
+        texts: what a question consists of; there may be no context where answers are in words of their own.
+        extracted: whether answers are pieces of their contexts, and not in words of their own.
 
     Returns:
         The repaired splits, and what was found and done. `answers` is `{"text": [...], "answer_start": [...]}`, with
-        empty lists where there is no answer; -1 is the place of one of validation or test that is not in its context.
+        empty lists where there is no answer; -1 is the place of one of validation or test that is not in its context,
+        and of all that are in words of their own.
 
     Raises:
         DataError: the data cannot be what is wanted: no answer stands in its context, no question has one, answers that
@@ -92,51 +104,69 @@ def check_question_answering(
     """
     train_of(splits)
     found: list[Finding] = []
-    rows = {name: _open(name, data, sources.get(name, name)) for name, data in splits.items()}
+    rows = {name: _open(name, data, sources.get(name, name), texts, extracted) for name, data in splits.items()}
     rows = empty_texts(rows, found)
-    for split in rows.values():
-        _refuse_all_absent(split)
-    for name in list(rows):
-        rows = _say_amiss(rows, name, found)
+    if extracted:
+        for split in rows.values():
+            _refuse_all_absent(split)
+        for name in list(rows):
+            rows = _say_amiss(rows, name, found)
     rows = duplicates(rows, found)
     conflicts(rows["train"], found)
     rows = leaks(rows, found)
     _without_an_answer(rows, found)
-    _shared_contexts(rows, found)
+    if "context" in texts:
+        _shared_contexts(rows, found)
     made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
     return made, found
 
 
-def _columns(rows: Rows) -> tuple[str, ...]:
+def _columns(rows: Rows) -> list[str]:
     """The columns that an answer is read from, which may have its offset in a column of its own."""
-    return tuple(name for name in ("context", "answers", "answer_start") if name in rows.data.column_names)
+    return [name for name in ("context", "answers", "answer_start") if name in rows.data.column_names]
 
 
-def _open(name: str, data: Dataset, source: str) -> Answered:
-    rows = open_rows(name, data, source, ("question", "context"), "answers", needed=2)
+def _answers(row: dict[str, Any]) -> list[Answer]:
+    return answers_of(row["answers"], row.get("answer_start"))
+
+
+def _settled(
+    answers: list[Answer], row: dict[str, Any], extracted: bool, split: str
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """The answers of a row as they are kept, and what was amiss."""
+    if extracted:
+        return settled(answers, as_text(row["context"]), split == "train")
+    return {"text": [text.strip() for text, _ in answers], "answer_start": [-1] * len(answers)}, []
+
+
+def _open(name: str, data: Dataset, source: str, texts: Sequence[str], extracted: bool) -> Answered:
+    rows = open_rows(name, data, source, texts, "answers", needed=len(texts))
     digests, left, changed = array("Q"), array("i"), array("b")
     amiss, given = array("i"), array("i")
-    values = (row for columns in rows.batches(*_columns(rows)) for row in zip(*columns, strict=True))
-    for context, value, *starts in values:
+    names = _columns(rows)
+    values = (
+        dict(zip(names, row, strict=True)) for columns in rows.batches(*names) for row in zip(*columns, strict=True)
+    )
+    for row in values:
         try:
-            answers = answers_of(value, *starts)
+            answers = _answers(row)
         except ValueError:
             raise DataError(
                 f"{rows.place(len(left))}: the answers cannot be read",
-                found=repr(value)[:160],
+                found=repr(row["answers"])[:160],
                 expected='{"text": ["..."], "answer_start": [0]}, a list of such objects, a list of texts, or one text',
             ) from None
-        made, kinds = settled(answers, as_text(context), name == "train")
+        made, kinds = _settled(answers, row, extracted, name)
         told = repr(sorted(set(zip(made["text"], made["answer_start"], strict=True))))
         digests.append(int.from_bytes(hashlib.blake2b(told.encode("utf-8", "replace"), digest_size=8).digest(), "big"))
         amiss.append(sum(_BITS[kind] for kind in set(kinds)))
         given.append(len(answers))
         left.append(len(answers) - kinds.count(ABSENT))
-        changed.append(made != value)
-    contexts = text_keys(rows.data, ["context"])[0]
+        changed.append(made != row["answers"])
     return rows.into(
         Answered,
-        contexts=contexts,
+        extracted=extracted,
+        contexts=text_keys(rows.data, texts[-1:])[0],
         digests=np.array(digests, np.uint64),
         amiss=np.array(amiss, np.int32),
         given=np.array(given, np.int32),
