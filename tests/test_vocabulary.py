@@ -105,6 +105,15 @@ def test_loss_and_gradients_are_the_models_own(name: str) -> None:
     assert found.shift == (name in (*tiny.CAUSAL, "tied"))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_it_can_be_proven_on_rows_longer_than_what_is_looked_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "WINDOW", 4)
+    model, batch = MODELS[name](), labelled()
+    found = started(model, batch)
+    assert found.on, found.reason
+    torch.testing.assert_close(chunked(found, batch), model(**batch)["loss"])
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side(side: str) -> None:
     batch = padded(side)

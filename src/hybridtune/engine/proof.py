@@ -39,7 +39,8 @@ def window(batch: Batch, columns: int) -> Batch:
     left = mask is not None and not bool(mask[:, 0].all())
     kept = slice(-columns, None) if left else slice(columns)
     rows = {key: value[:ROWS] for key, value in batch.items()}
-    return {key: value[:, kept] if value.dim() == 2 else value for key, value in rows.items()}
+    # contiguous, as models take views of labels
+    return {key: value[:, kept].contiguous() if value.dim() == 2 else value for key, value in rows.items()}
 
 
 def rows_of_dataset(dataset: Any, collate: Callable[[list[Any]], Any]) -> Batch | None:
