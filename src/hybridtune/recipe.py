@@ -102,6 +102,7 @@ class Training(Keys):
     adam_beta2: float | None = None
     adam_epsilon: float | None = None
     max_grad_norm: float | None = Field(None, ge=0)
+    neftune_noise_alpha: float | None = Field(None, gt=0)
     early_stopping_patience: int | None = Field(None, gt=0)
     early_stopping_threshold: float | None = Field(None, ge=0)
     eval_strategy: Literal["no", "steps", "epoch"] | None = None

@@ -12,7 +12,7 @@ import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from .engine import Caches, Engine, proof, vocabulary
 from .engine.batches import is_rows
 from .engine.casts import Casts
 from .engine.microbatch import by_length, by_tokens
+from .engine.noise import Noise
 from .engine.vocabulary import Vocabulary
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
@@ -100,6 +101,9 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.neftune_noise_alpha = (
+            None  # Trainer's hook takes the batch's width for a row's length: see engine/noise.py
+        )
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self._measure = measure
         self._forget_engine()
@@ -386,7 +390,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         """
         if inputs is self._filler:
             num_items_in_batch = torch.tensor(float("inf"))  # adds nothing
-        with self._fast(model, inputs):
+        with self._fast(model, inputs), self._noise():
             return self._step(model, inputs, num_items_in_batch)
 
     def _step(self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -413,8 +417,27 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     @property
     def _kept(self) -> Caches | None:
         """Where hidden states are kept: nowhere while layers take turns or noise is added to the embeddings."""
-        same = self.composition and not self.composition.rotations and self.args.neftune_noise_alpha is None
+        same = self.composition and not self.composition.rotations and not self.args.neftune_noise_alpha
         return self._caches if same else None
+
+    @property
+    def _not_kept(self) -> str:
+        """Why what frozen layers give is not the same every time, where a user might expect it to be kept."""
+        return "neftune_noise_alpha adds noise below them" if self.args.neftune_noise_alpha else ""
+
+    def _noise(self) -> AbstractContextManager[None]:
+        """NEFTune's, while a step is computed: evaluations know none.
+
+        Raises:
+            RecipeError: the model runs in copies in one process.
+        """
+        alpha = self.args.neftune_noise_alpha
+        if alpha and self.args.n_gpu > 1:
+            raise RecipeError(
+                "neftune_noise_alpha: not under DataParallel, whose copies of a model share their hooks",
+                mend="start a process for each GPU with torchrun, or show the process one of them",
+            )
+        return Noise(self.accelerator.unwrap_model(self.model), alpha).open() if alpha else nullcontext()
 
     @property
     def _sharded(self) -> str:
@@ -513,7 +536,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             return
         try:
             with self.compute_loss_context_manager(), self.accelerator.autocast():
-                self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept)
+                self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept, self._not_kept)
         except RuntimeError as error:
             if not guard.is_out_of_memory(error):
                 raise

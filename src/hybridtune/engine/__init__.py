@@ -72,13 +72,14 @@ class Engine:
         return self.seam is not None
 
 
-def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None) -> Engine:
+def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None, changing: str = "") -> Engine:
     """Builds the engine of a model, and has it prove itself: logits of a few rows, packed against padded.
 
     Args:
         model: with all that is on it, and with gradients required where it is trained.
         batch: a few rows of several lengths (see `proof`), on the model's device.
         caches: where hidden states below the lowest trained layer are kept; None where they are not.
+        changing: why they are not the same every time, which is said where there are such layers.
     """
     modules = tuple(module for module in model.modules() if lora.knows(module) or dropout.knows(module))
     config = getattr(model, "config", None)
@@ -94,6 +95,8 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None)
             problem = _check(engine, ask, padded)
         if problem:
             return replace(engine, seam=None, reason=problem)
+        if changing and _lowest_trained(seam, ask)[0]:
+            return replace(engine, reason=f"hidden states of frozen layers are not kept: {changing}")
         seam.frozen = _frozen(model, ask, seam, caches) if caches else None
         if seam.frozen is None:
             return engine
@@ -109,9 +112,7 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None)
 
 def _frozen(model: nn.Module, ask: Ask, seam: Seam, caches: Caches) -> Frozen | None:
     """The layers below all that is trained, where there are any, and what is kept of them."""
-    torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
-    with seam.open():
-        depth, modules, later = lowest_trained(seam.stacks[0].layers, ask)
+    depth, modules, later = _lowest_trained(seam, ask)
     if not depth:
         return None
     above = {id(one) for module in later for one in (*module._parameters.values(), *module._buffers.values())}
@@ -132,6 +133,12 @@ def _frozen(model: nn.Module, ask: Ask, seam: Seam, caches: Caches) -> Frozen | 
         f"{depth} {autocast_type(next(model.parameters()).device)}",
     ]
     return Frozen(depth, modules, caches.of("\n".join(told)), weights=weights)
+
+
+def _lowest_trained(seam: Seam, ask: Ask) -> tuple[int, tuple[nn.Module, ...], set[nn.Module]]:
+    torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
+    with seam.open():
+        return lowest_trained(seam.stacks[0].layers, ask)
 
 
 def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
