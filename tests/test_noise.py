@@ -1,4 +1,4 @@
-"""NEFTune against its formula: a row's own length, whatever it stands beside; never in an evaluation; to the same bits."""
+"""NEFTune against its formula: by a row's own length, never in an evaluation, and the same bits after a resume."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def test_it_is_on_in_training_with_and_without_a_strategy(strategy: str | None, 
 
 def test_what_frozen_layers_give_is_not_kept_and_it_is_said(tmp_path: Path) -> None:
     top = [{"rules": [{"part": "layers[-1]", "method": "full"}]}]
+    made = trainer(tmp_path / "noise", "qwen3", top, neftune_noise_alpha=ALPHA)
     with pytest.warns(UserWarning, match="not kept: neftune_noise_alpha"):
-        made = trainer(tmp_path / "noise", "qwen3", top, neftune_noise_alpha=ALPHA)
         made.train()
     assert made.engine is not None
     assert made.engine.on

@@ -3,8 +3,8 @@
     x' = x + alpha / sqrt(L d) * u        x [L, d], a row's embedded text; u ~ Uniform(-1, 1), [L, d]
 
 L is the length of the row itself, as in the authors' code. transformers' own hook takes the width of the padded batch,
-so that a short row gets less noise beside a long one; here what a row gets depends on no other, whether rows are padded,
-packed or cut into micro-batches.
+so that a short row gets less noise beside a long one; here how much a row gets depends on no other, whether rows are
+padded, packed or cut into micro-batches.
 """
 
 from __future__ import annotations
