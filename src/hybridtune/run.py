@@ -129,12 +129,11 @@ def evaluate_run(
     task, source = tuned.predictor.task, read.describe(data)
     table = task.unpack(read.read(data, "test"))
     hints = {**{name: own for name, own in task.hints.items() if own in table.column_names}, **(columns or {})}
-    rows = read.map_columns(table, "test", source, task.columns, hints, task.required, in_recipe=False)
+    required, _ = task.asked([*table.column_names, *hints], labelled=True)
+    rows = read.map_columns(table, "test", source, task.columns, hints, required, in_recipe=False)
+    rows = rows.select_columns([name for name in (*task.columns, "_row") if name in rows.column_names])
     try:
-        scores = evaluate.score(
-            tuned.predictor,
-            rows.select_columns([name for name in (*task.columns, "_row") if name in rows.column_names]),
-        )
+        scores = evaluate.score(tuned.predictor, task.gather(rows))
     except DataError as error:
         raise DataError(
             f"{source}: {error.problem}", found=error.found, expected=error.expected, mend=error.mend

@@ -278,9 +278,9 @@ def _measure(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> Callable[[
 
     They are written as those of test rows are, so that a model which is kept scores what was logged of it.
     """
-    task, count = setting.task, len(setting.validation)
+    task, count = setting.task, len(setting.validation_rows)
     chosen = np.linspace(0, count - 1, min(count, task.generate_on or count)).round().astype(int)
-    items, rows = setting.validation.select(chosen), setting.validation_rows.select(chosen)
+    items, rows = task.answered(setting.validation).select(chosen), setting.validation_rows.select(chosen)
     size = setting.recipe.per_device_eval_batch_size or answer.BATCH
 
     def measure(model: PreTrainedModel) -> dict[str, float]:

@@ -263,6 +263,38 @@ class Task(ABC):
         lower = {column.strip().lower() for column in columns}
         return bool({name, *self.columns[name]} & lower) or self.hints.get(name) in columns
 
+    def gather(self, rows: Dataset) -> Dataset:
+        """Rows whose columns have the task's names, with the columns that it works on, where they are not these.
+
+        Raises:
+            DataError: they cannot be made of a row.
+        """
+        return rows
+
+    def asked(self, columns: Sequence[str], labelled: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Which of `columns` a file has to have, and which it may have.
+
+        Args:
+            columns: of the file, and what the user says that it has.
+            labelled: whether its rows have targets; else they are to be predicted.
+        """
+        return (self.required, tuple(self.columns)) if labelled else (self.inputs, self.inputs)
+
+    def sifted(self, items: Dataset, rows: Dataset, split: str, limit: int) -> tuple[Dataset, list[Finding]]:
+        """Items without those of train that nothing can be learnt from, and what should be said of them.
+
+        Args:
+            items: what `encode` has made of the rows.
+            rows: which they are of.
+            split: whose.
+            limit: of tokens.
+        """
+        return items, []
+
+    def answered(self, items: Dataset) -> Dataset:
+        """The items that a model is to answer, one a row, where it writes."""
+        return items
+
     @property
     def metric(self) -> str:
         """The task's own metric, where the goal names none."""

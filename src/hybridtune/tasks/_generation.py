@@ -74,15 +74,25 @@ class WritingTask(tasks.Task):
         Raises:
             RecipeError: the template has no place for the text, or a setting is of beams and there is one alone.
         """
-        place = f"{{{cls.inputs[0]}}}"
+        place = f"{{{cls.placed()}}}"
         if recipe.template is not None and place not in recipe.template:
             raise RecipeError(
-                f"template: has no place for the {cls.inputs[0]}",
+                f"template: has no place for the {cls.placed()}",
                 found=recipe.template,
                 expected=f"such as: '{cls.__module__.rpartition('.')[2]}: {place}'",
             )
         given = {"settings": _writing.settings_of(recipe), "template": recipe.template, "hints": recipe.data.columns}
         return given | ({"generate_on": recipe.generate_on} if recipe.generate_on else {})
+
+    @classmethod
+    def placed(cls) -> str:
+        """What the place of a row's text is called in a template."""
+        return cls.inputs[0]
+
+    @property
+    def read_texts(self) -> tuple[str, ...]:
+        """The columns of the texts that the model reads."""
+        return self.inputs
 
     @classmethod
     def suits(cls, model: Any) -> bool:
@@ -124,8 +134,11 @@ class WritingTask(tasks.Task):
         """What the model is told where the recipe has no template."""
         return f"{{{self.about}}}"
 
-    def target_limit(self, limit: int) -> int:
+    def target_limit(self, limit: int) -> int | None:
         """As many as the model may write, but of a decoder's text no more than half."""
+        return self._longest(limit)
+
+    def _longest(self, limit: int) -> int:
         return min(int(self.settings["max_new_tokens"]), limit if self.encoder_decoder else limit // 2)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
@@ -133,7 +146,7 @@ class WritingTask(tasks.Task):
 
         `target_length` is that of the whole target; of one longer than `max_new_tokens` the rest is not learnt.
         """
-        prompts, longest = self._prompts(tokenizer), self.target_limit(limit)
+        prompts, longest = self._prompts(tokenizer), self._longest(limit)
         room = limit if self.encoder_decoder else limit - longest
         texts = zip(*(texts_of(rows, name) for name in self.inputs), strict=True)
         given, lengths, unknown = prompts.said([dict(zip(self.inputs, row, strict=True)) for row in texts], room)
@@ -268,7 +281,7 @@ class WritingTask(tasks.Task):
         found = []
         for name, rows in splits.items():
             entry: dict[str, Any] = {"split": name}
-            texts = {name: texts_of(rows, name) for name in self.inputs}
+            texts = {name: texts_of(rows, name) for name in self.read_texts}
             texts[self.target] = [golds[0] for golds in self.golds(rows)]
             for column, of_rows in texts.items():
                 lengths = list(map(len, of_rows))
@@ -280,7 +293,7 @@ class WritingTask(tasks.Task):
         """How the texts look, and the best and the worst of them beside what would have been right."""
         order = np.argsort(self.each(stats), kind="stable")
         golds = self.golds(rows)
-        texts = [" | ".join(row) for row in zip(*(texts_of(rows, name) for name in self.inputs), strict=True)]
+        texts = [" | ".join(row) for row in zip(*(texts_of(rows, name) for name in self.read_texts), strict=True)]
 
         def shown(numbers: np.ndarray) -> list[dict[str, Any]]:
             return [

@@ -95,14 +95,36 @@ class Prompts:
         Returns:
             For each text its tokens, their number before it was cut, and how many of them are unknown.
         """
+        found = self.whole(texts)
         end = self.end
-        found = [ids if end in ids else [*ids, end] for ids in self._plain(texts, None)]
         lengths, unknown = [len(ids) for ids in found], count_unknown(found, self.tokenizer)
         long = [at for at, length in enumerate(lengths) if length > room]
         if long:
             for at, ids in zip(long, self._plain([texts[at] for at in long], room), strict=True):
                 found[at] = ids[:-1] if ids[-1] == end else ids
         return found, lengths, unknown
+
+    def whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of what is to be written, with their end."""
+        end = self.end
+        return [ids if end in ids else [*ids, end] for ids in self._plain(texts, None)]
+
+    def filled(self, row: Row) -> str:
+        """The template with a row's texts in it."""
+        return _PLACE.sub(lambda place: row.get(place[1], place[0]), self.template)
+
+    def continued(self, text: str, first: bool) -> list[int]:
+        """Tokens of a text in the template, to a decoder without a chat template.
+
+        Args:
+            text: what is said.
+            first: whether nothing stands before it; else it has no token that begins a text.
+        """
+        if first:
+            return self._tokens([{self.cut: text}])[0]
+        words = self.filled({self.cut: text}).rstrip(" ")
+        ids: list[int] = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def _plain(self, texts: Sequence[str], room: int | None) -> list[list[int]]:
         """Tokens of what is to be written, as the tokenizer gives them; cut where they are more than there is room."""
@@ -120,7 +142,7 @@ class Prompts:
         return " " if self.template.endswith(" ") and not self.chat else ""
 
     def _tokens(self, rows: Sequence[Row]) -> list[list[int]]:
-        said = [_PLACE.sub(lambda place, row=row: row.get(place[1], place[0]), self.template) for row in rows]  # type: ignore[misc]
+        said = list(map(self.filled, rows))
         if self.chat:
             talks = [[{"role": "user", "content": words}] for words in said]
             ids: list[list[int]] = self.tokenizer.apply_chat_template(

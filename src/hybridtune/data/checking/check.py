@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .classification import check_classification
 from .findings import Finding
+from .instruction import check_instruction
 from .labels import label_names, label_table, split_labels
 from .question_answering import check_question_answering
 from .regression import check_regression
@@ -18,6 +19,7 @@ from .translation import check_translation
 __all__ = [
     "Finding",
     "check_classification",
+    "check_instruction",
     "check_question_answering",
     "check_regression",
     "check_summarization",
