@@ -359,6 +359,30 @@ def test_forms_of_turns() -> None:
     assert as_one_text(turns_of("x")) == "x"
 
 
+def test_files_with_weights_and_parts_that_are_held_out(tmp_path: Path) -> None:
+    """Rows of one file count twice, of the other half, each in its form; no conversation stands on both sides."""
+    theirs = [turns_as_sharegpt(talk(f"u:q {n} {n * n}", f"a:{n}")) for n in range(40)]
+    for name, rows in (("ours", toy(60, 5)), ("theirs", theirs)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    asked = [
+        {"path": str(tmp_path / "ours.jsonl"), "weight": 2.0},
+        {"path": str(tmp_path / "theirs.jsonl"), "weight": 0.5},
+    ]
+    recipe = Recipe.make(model="m", task="instruction", train=asked, data={"survey": False, "train": asked})
+    rows, about = prepare.rows_of(recipe, tasks.of(recipe), QUIET)
+    read = about["splits"]["train"]["rows_read"]
+    assert read + sum(len(rows[name]) for name in ("validation", "test")) == 100
+    sources = rows["train"]["_source"][:]
+    counts = {name: sum(name in source for source in sources) for name in ("ours", "theirs")}
+    assert counts["ours"] > 2 * counts["theirs"] > 0
+    mine = rows["train"].filter(lambda row: "ours" in row["_source"])["conversation"][:]
+    assert len(mine) == 2 * len(set(mine))
+    sides = [set(rows[name]["conversation"][:]) for name in ("train", "validation", "test")]
+    assert not sides[0] & sides[1]
+    assert not sides[0] & sides[2]
+    assert not sides[1] & sides[2]
+
+
 # --- the check
 
 
@@ -366,6 +390,11 @@ def talk(*said: str) -> list[dict[str, str]]:
     """u:hello a:hi s:be kind"""
     roles = {"s": "system", "u": "user", "a": "assistant"}
     return [{"role": roles.get(one[:1], one.partition(":")[0]), "content": one.partition(":")[2]} for one in said]
+
+
+def turns_as_sharegpt(turns: list[dict[str, str]]) -> dict[str, Any]:
+    names = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": names[one["role"]], "value": one["content"]} for one in turns]}
 
 
 GOOD = [talk(f"u:question {n}", f"a:answer {n}") for n in range(12)]
@@ -635,9 +664,9 @@ def test_every_strategy_on_every_architecture(name: str, tmp_path: Path) -> None
     template = None if name in ("gpt2", *tiny.SEQ2SEQ) else (THINKING if name == "qwen3" else CHATML)
     chosen = [load_strategy(strategy) for strategy in built_in_strategies()]
     for stage in (stage for strategy in chosen for stage in strategy.stages):
-        stage.num_train_epochs, stage.max_steps, stage.repeat = None, 2, None
+        stage.num_train_epochs, stage.max_steps, stage.repeat = None, 1, None
     run = api.tune(
-        model=save(tmp_path / "model", name, template), task="instruction", train=DATA["train"][:32],
+        model=save(tmp_path / "model", name, template), task="instruction", train=DATA["train"][:16],
         validation=DATA["validation"][:4], test=TEST[:4], output=str(tmp_path / "run"), baselines=False,
         strategy=[strategy.model_dump(exclude_none=True) for strategy in chosen], data={"survey": False},
         template="user {instruction} assistant" if name == "gpt2" else None, eval_strategy="no", **SETTINGS,

@@ -104,7 +104,10 @@ class Predictor:
 
 
 def _says(value: Any) -> bool:
-    return bool((" ".join(map(str, value)) if isinstance(value, list) else str(value)).strip())
+    """Whether a text has a word, or a list of them, or of turns of a conversation."""
+    if isinstance(value, dict):
+        return _says(value.get("content"))
+    return any(map(_says, value)) if isinstance(value, list) else bool(str(value).strip())
 
 
 def features(model: PreTrainedModel, items: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> np.ndarray:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..recipe import Recipe
 
-_RAW = ("messages", "instruction", "input", "output", "system", "history")  # columns as they come
+_RAW = ("messages", "conversations", "instruction", "input", "output", "system", "history")  # columns as they come
 _THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 
 
@@ -50,7 +50,8 @@ class Task(WritingTask):
     name = "instruction"
     keys = (*WritingTask.keys, "chat_template")
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
+        "messages": ("dialogue", "dialog", "chat", "turns"),
+        "conversations": ("conversation",),  # of its own: rows of several files may have either
         "instruction": ("prompt", "question", "query", "user"),
         "input": ("context",),
         "output": ("response", "answer", "completion", "assistant", "reply"),
@@ -108,8 +109,9 @@ class Task(WritingTask):
 
     def asked(self, columns: Sequence[str], labelled: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Conversations, or an instruction and its output."""
-        if self.has("messages", columns) or not self.has("instruction", columns):
-            return ("messages",), _RAW
+        talks = next((name for name in ("messages", "conversations") if self.has(name, columns)), None)
+        if talks or not self.has("instruction", columns):
+            return (talks or "messages",), _RAW
         return ("instruction", "output") if labelled else ("instruction",), _RAW
 
     def gather(self, rows: Dataset) -> Dataset:
@@ -373,8 +375,9 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
     Raises:
         ValueError: it is none.
     """
-    if row.get("messages") is not None:
-        turns = turns_of(row["messages"])
+    talk = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if talk is not None:
+        turns = turns_of(talk)
     else:
         turns = []
         for said, answer in row.get("history") or []:
