@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -45,15 +45,14 @@ class Item:
 class Chats:
     """Puts conversations before a decoder, by the tokenizer's chat template, or by a text with a place for a turn.
 
+    Where a chat template writes an earlier answer otherwise than the last one (Qwen3's leaves out what a model has
+    thought), each answer is an item of its own, behind the prompt that it is asked with.
+
     Attributes:
         prompts: the template, and the token that ends an answer.
-        one_by_one: how many conversations had to be learnt an answer at a time: where the template writes an earlier
-            answer otherwise than the last one (Qwen3's leaves out what a model has thought), each answer is an item
-            of its own, behind the prompt that it is asked with.
     """
 
     prompts: Prompts
-    one_by_one: int = field(default=0, init=False)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,7 +84,6 @@ class Chats:
         if self._marked:
             return [[self._by_marks(turns)] for turns in conversations]
         pieces = [self._pieces(self._filled(turns)) for turns in conversations]
-        self.one_by_one += sum(len(items) > 1 for items in pieces)
         flat = [item for items in pieces for item in items]
         made = iter(self._tokens(flat))
         return [[next(made) for _ in items] for items in pieces]
