@@ -340,6 +340,10 @@ def test_instruction_with_input_and_named_columns() -> None:
         ([{"text": "a"}], "there is no column for messages"),
         ([{"instruction": "a"}], "there is no column for output"),
         ([{"messages": [{"content": "a"}]}], "row 1: a turn has no role"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}],
+            "row 1: a turn of the assistant's is marked",
+        ),
         ([{"messages": [{"role": "user", "content": [{"type": "image_url", "url": "x"}]}]}], "no texts"),
     ],
 )

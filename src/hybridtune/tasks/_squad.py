@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.checking.answers import answers_of
 from ..data.checking.rows import texts_of
-from . import Stats, metrics
+from . import Stats, baselines, metrics
 from ._texts import sentences
 from .metrics import Interval
 
@@ -96,7 +96,11 @@ def profile(split: str, rows: Dataset) -> dict[str, Any]:
 
 def likest_sentence(train: Dataset, test: Dataset) -> tuple[str, str, list[str]]:
     """The sentence of the context that is most like the question, as a baseline."""
-    words = _words(texts_of(train, "context"))
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True).fit(
+        list(dict.fromkeys(texts_of(train, "context")))
+    )
     answers = []
     for question, context in zip(texts_of(test, "question"), texts_of(test, "context"), strict=True):
         found = sentences(context) or [""]
@@ -108,18 +112,7 @@ def likest_sentence(train: Dataset, test: Dataset) -> tuple[str, str, list[str]]
 
 def likest_question(train: Dataset, test: Dataset) -> tuple[str, str, list[str]]:
     """The answer to the question of train that is most like this one, as a baseline."""
-    from sklearn.neighbors import NearestNeighbors
-
-    known = texts_of(train, "question")
-    words = _words(known)
-    near = NearestNeighbors(n_neighbors=1, metric="cosine").fit(words.transform(known))
     answers = [next(iter(golds), "") for golds in golds_of(train)]
-    chosen = near.kneighbors(words.transform(texts_of(test, "question")), return_distance=False)[:, 0]
+    chosen = baselines.likest(texts_of(train, "question"), texts_of(test, "question"))
     detail = "the answer to the question of train whose words (tf-idf) are most like this one's"
     return "likest question", detail, [answers[at] for at in chosen]
-
-
-def _words(texts: Sequence[str]) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    return TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True).fit([*dict.fromkeys(texts)])

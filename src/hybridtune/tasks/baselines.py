@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,17 @@ def of_texts(
             )
         )
     return [(name, detail, _fit_and_predict(model, x, target, y)) for name, detail, model, x, y in cases]
+
+
+def likest(train: Sequence[str], test: Sequence[str]) -> list[int]:
+    """For each text of test the number of the text of train whose words (tf-idf) are most like its own."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+
+    words = TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", sublinear_tf=True)
+    near = NearestNeighbors(n_neighbors=1, metric="cosine").fit(words.fit_transform(train))
+    found: list[int] = near.kneighbors(words.transform(test), return_distance=False)[:, 0].tolist()
+    return found
 
 
 def _fit_and_predict(model: Any, x: Any, target: np.ndarray, y: Any) -> np.ndarray:

@@ -19,7 +19,7 @@ from ..data.checking.instruction import TURNS
 from ..data.checking.rows import batches, row_numbers, texts_of
 from ..data.checking.turns import ROLES, Turn, as_one_text, parted, settled, turns_of
 from ..errors import DataError, RecipeError
-from . import Stats, _rouge, _squad, metrics
+from . import Stats, _rouge, _squad, baselines, metrics
 from ._chats import IGNORED, Chats, Item
 from ._generation import WritingTask
 from ._prompts import Prompts
@@ -347,7 +347,7 @@ class Task(WritingTask):
         known = [gold for (gold,) in self.golds(train)]
         common = Counter(known).most_common(1)[0][0]
         said = [turns[-1]["content"] if turns else "" for turns in test["messages"][:]]
-        likest = _likest(texts_of(train, "conversation"), texts_of(test, "conversation"))
+        likest = baselines.likest(texts_of(train, "conversation"), texts_of(test, "conversation"))
         return [
             ("frequent answer", "the most frequent answer of train", self.stats([common] * len(test), test)),
             ("echo", "what the user says last", self.stats(said, test)),
@@ -395,13 +395,3 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
 
 def _spoken(text: str) -> str:
     return _THOUGHTS.sub("", text).strip()
-
-
-def _likest(train: Sequence[str], test: Sequence[str]) -> list[int]:
-    """For each text of test the number of the likest one of train."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", sublinear_tf=True)
-    known = words.fit_transform(train)
-    asked = words.transform(test)
-    return [int((asked[at] @ known.T).toarray().argmax()) for at in range(len(test))]

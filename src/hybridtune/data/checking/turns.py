@@ -18,6 +18,7 @@ _ALIASES = {
     "developer": "system",
 }
 _ROLE, _CONTENT = ("role", "from", "speaker"), ("content", "value", "text")
+_LEARNT = ("weight", "train", "training")  # by which OpenAI's and axolotl's formats leave turns out of the loss
 
 UNKNOWN_ROLE, LATE_SYSTEM, EMPTY_TURN = "unknown_role", "late_system", "empty_turn"
 JOINED, LEADING, CUT_BACK = "joined_turns", "leading_answer", "cut_back"
@@ -77,7 +78,10 @@ def _turn(value: Any) -> Turn:
     if isinstance(thoughts, str) and thoughts.strip():
         content = f"<think>\n{thoughts.strip()}\n</think>\n\n{content}"
     role = who.strip().lower()
-    return {"role": _ALIASES.get(role, role), "content": content}
+    role = _ALIASES.get(role, role)
+    if role == "assistant" and any(value.get(key) in (0, False) for key in _LEARNT):
+        raise ValueError("a turn of the assistant's is marked as one not to be learnt, but all that it says is")
+    return {"role": role, "content": content}
 
 
 def _part(part: Any) -> str:
