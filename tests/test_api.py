@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 import hybridtune
 from hybridtune import api, checkpoint, evaluate, predict
-from hybridtune.compare import compare
+from hybridtune.comparison import compare
 from hybridtune.console import Console
 from hybridtune.errors import DataError, HybridtuneError, RecipeError, RunError, UserError
 from hybridtune.files import write_text

@@ -12,11 +12,11 @@ from datasets import Dataset
 
 from . import answer, checkpoint, predict
 from . import model as models
-from .errors import RunError
+from .errors import RecipeError, RunError
 from .files import read_json, write_text
 from .own_metrics import OwnMetrics
 from .select import Decision
-from .tasks import Stats, Task
+from .tasks import Baseline, Stats, Task
 from .tasks.metrics import mean_and_spread
 from .trial import FEW_VALIDATION_ROWS, Setting, Trial
 
@@ -43,7 +43,9 @@ def score(predictor: predict.Predictor, rows: Dataset, own: OwnMetrics | None = 
     logits = predictor.logits(items)
     stats = task.row_stats(logits, items, rows)
     predictions = task.decode(logits, items, rows)
-    found = task.intervals(stats) | (own.intervals(task, predictions, rows) if own else {})
+    found = task.intervals(stats) | (
+        own.intervals(rows[task.target][:], [one[task.answer] for one in predictions]) if own else {}
+    )
     return Scores(stats, {name: interval.as_dict() for name, interval in found.items()}, predictions)
 
 
@@ -68,7 +70,7 @@ def evaluate(
         key = trial.folder
         scores[key], fitted[key] = score(predictor, test, setting.own_metrics), predictor.task
     best, task = scores[decision.trial.folder], fitted[decision.trial.folder]
-    baselines = _baselines(setting, train, test) if with_baselines else []
+    baselines, failed = _baselines(setting, train, test) if with_baselines else ([], [])
     candidates = []
     for candidate in decision.candidates:
         shown = candidate.best(decision.metric, decision.direction)
@@ -104,6 +106,7 @@ def evaluate(
         "warnings": [
             *sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
             *_doubts(setting, decision, best.metrics, baselines),
+            *failed,
             *task.doubts,
         ],
     }
@@ -164,17 +167,22 @@ def _predictor(setting: Setting, trial: Trial) -> predict.Predictor:
     return predictor.to(models.pick_device(setting.recipe.device))
 
 
-def _baselines(setting: Setting, train: Dataset, test: Dataset) -> list[dict[str, Any]]:
+def _baselines(setting: Setting, train: Dataset, test: Dataset) -> tuple[list[dict[str, Any]], list[str]]:
+    """What evaluation.json says of the baselines, and what could not be measured of them."""
     task: Task = setting.task
-    found = task.baselines(train, test, _frozen(setting, train, test) if task.pooled else None)
-    return [
-        {
-            "name": name,
-            "detail": detail,
-            "metrics": {metric: i.as_dict() for metric, i in task.intervals(stats).items()},
-        }
-        for name, detail, stats in found
-    ]
+    gold = test[task.target][:]
+    made, failed = [], []
+    for one in task.baselines(train, test, _frozen(setting, train, test) if task.pooled else None):
+        baseline = Baseline(*one)
+        found = task.intervals(baseline.stats)
+        if baseline.answers is not None:
+            try:
+                found |= setting.own_metrics.intervals(gold, baseline.answers)
+            except RecipeError as error:  # it may never say what a metric divides by; the run is not lost for it
+                failed.append(f"baseline {baseline.name}: {error.problem}: {error.found}")
+        metrics = {name: interval.as_dict() for name, interval in found.items()}
+        made.append({"name": baseline.name, "detail": baseline.detail, "metrics": metrics})
+    return made, failed
 
 
 def _frozen(setting: Setting, *tables: Dataset) -> Any:

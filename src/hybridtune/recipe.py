@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from . import yaml12
+from . import own_file, yaml12
 from .errors import RecipeError, nearest, nearest_file, unknown
 
 _NAME = re.compile(r"\w[\w.+ -]{0,79}")  # what stages and strategies are called, and their folders with them
@@ -64,6 +64,8 @@ class Rule(Keys):
     layerwise_lr_decay: float | None = Field(None, gt=0, le=1)
     active: Active | None = None
 
+    _find = field_validator("method")(own_file.absolute)
+
     @property
     def options(self) -> dict[str, Any]:
         """The method's own options, as written."""
@@ -71,7 +73,7 @@ class Rule(Keys):
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.part}: {self.method}" + (f"({options})" if options else "")
+        return f"{self.part}: {own_file.shown(self.method)}" + (f"({options})" if options else "")
 
 
 class Training(Keys):
@@ -272,6 +274,13 @@ class Recipe(Training):
     baselines: bool = True
     defaults: list[str] = Field(default_factory=list, description="written by hybridtune; not read")
     include_texts: bool = True
+
+    _find = field_validator("task")(own_file.absolute)
+
+    @field_validator("metrics")
+    @classmethod
+    def _find_metrics(cls, files: str | list[str] | None) -> str | list[str] | None:
+        return list(map(own_file.absolute, files)) if isinstance(files, list) else files and own_file.absolute(files)
 
     @model_validator(mode="after")
     def _strategies_exist(self) -> Recipe:

@@ -14,7 +14,7 @@ from .. import tasks
 from ..data.checking import check
 from ..data.checking.rows import place
 from ..errors import DataError
-from . import Logits, Stats
+from . import Baseline, Logits, Stats
 from ._texts import pad_on_the_right, word_places
 from ._windows import of_rows, windows
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..data.checking.findings import Finding
     from ..recipe import Recipe
 
 OUTSIDE = "O"
@@ -97,6 +98,12 @@ class Task(tasks.Task):
             found = {tag for tags in splits["train"]["tags"][:] for tag in tags}
             self.tags = sorted(found, key=lambda tag: (tag != OUTSIDE, tag))
         return splits, findings
+
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        rows = self._tagged(rows, source) if self.of_text else rows
+        splits, findings = check.check_tagging({"test": rows}, sources={"test": source}, tags=self.tags)
+        return splits["test"], findings
 
     def _tagged(self, rows: Dataset, source: str) -> Dataset:
         """Texts with spans as words with tags; a span that ends within a word takes all of it.
@@ -306,7 +313,7 @@ class Task(tasks.Task):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """The tag that each word most often has in train."""
         seen: dict[str, Counter[str]] = defaultdict(Counter)
         for tokens, tags in zip(train["tokens"][:], train["tags"][:], strict=True):
@@ -316,7 +323,7 @@ class Task(tasks.Task):
         most = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
         predicted = [[most.get(word, usual) for word in tokens] for tokens in test["tokens"][:]]
         detail = f"the tag that a word most often has in train, {usual} for other words"
-        return [("tag of the word", detail, self._stats(predicted, _gold(test)))]
+        return [Baseline("tag of the word", detail, self._stats(predicted, _gold(test)), predicted)]
 
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
         """How often each kind of name (or tag) stands in each split."""

@@ -121,8 +121,12 @@ def number_of(value: Any, comma: bool) -> float | None:
         return math.inf
 
 
-def open_numbers(splits: dict[str, Rows]) -> dict[str, Numbers]:
+def open_numbers(splits: dict[str, Rows], width: int | None = None) -> dict[str, Numbers]:
     """Takes the numbers out of splits. A comma in all of them, as in 3,5, is a decimal point.
+
+    Args:
+        splits: with the column `label`.
+        width: how many numbers a row has; what most rows of train have where not given.
 
     Raises:
         DataError: lists are of different lengths, or commas cannot be told from points.
@@ -135,13 +139,15 @@ def open_numbers(splits: dict[str, Rows]) -> dict[str, Numbers]:
             for value in values:
                 columns[name].take(value, comma)
     several = any(column.lists for column in columns.values())
-    widths = np.frombuffer(columns["train"].widths or array("i", [0]), np.int32)
-    width = int(np.bincount(widths[widths > 0]).argmax()) if (widths > 0).any() else 1
+    usual = "the model gives" if width is not None else "that of most rows of train"
+    if width is None:
+        widths = np.frombuffer(columns["train"].widths or array("i", [0]), np.int32)
+        width = int(np.bincount(widths[widths > 0]).argmax()) if (widths > 0).any() else 1
     several &= width > 1
     made = {}
     for name, rows in splits.items():
         column = columns[name]
-        _refuse_other_lengths(rows, np.array(column.widths), width)
+        _refuse_other_lengths(rows, np.array(column.widths), width, usual)
         numbers = np.full((len(rows), width), np.nan)
         faults = np.array(column.faults, np.int8)
         numbers[faults == FINE] = np.array(column.flat).reshape(-1, width)
@@ -185,11 +191,11 @@ def _decimal_comma(splits: Iterable[Rows]) -> bool:
     return True
 
 
-def _refuse_other_lengths(rows: Rows, widths: np.ndarray, width: int) -> None:
+def _refuse_other_lengths(rows: Rows, widths: np.ndarray, width: int, usual: str) -> None:
     other = np.flatnonzero((widths > 0) & (widths != width))
     if len(other):
         raise DataError(
-            f"{rows.place(other[0])}: the label has {widths[other[0]]} numbers, that of most rows of train {width}",
+            f"{rows.place(other[0])}: the label has {widths[other[0]]} numbers, {usual} {width}",
             found=f"{str(rows.row(other[0])['label'])[:120]}; {len(other)} of {len(rows)} rows of {rows.split}",
             expected="as many numbers on every row",
             mend="correct these rows, or take them out of the file",

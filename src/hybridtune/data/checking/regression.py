@@ -20,7 +20,7 @@ FEW = 0.05
 
 
 def check_regression(
-    splits: dict[str, Dataset], *, sources: dict[str, str]
+    splits: dict[str, Dataset], *, sources: dict[str, str], width: int | None = None
 ) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs texts with numbers.
 
@@ -28,6 +28,7 @@ def check_regression(
         splits: "train", and "validation" and "test" where they are there, with the columns `text`, `label`, `_row` and
             perhaps `text_pair`. They are not changed.
         sources: for each split what `describe` returned, for messages.
+        width: how many numbers a row has, where that is known and there is no train.
 
     Returns:
         The repaired splits (`label` is a number, or a list of equally many), and what was found and done.
@@ -36,13 +37,14 @@ def check_regression(
         DataError: the data cannot be what is wanted: labels that are no numbers, lists of different lengths, the same
             number everywhere, a row of validation or test without a label, nothing left.
     """
-    train_of(splits)
+    if width is None:
+        train_of(splits)
     found: list[Finding] = []
     opened = {}
     for name, data in splits.items():
         texts = [column for column in ("text", "text_pair") if column in data.column_names or column == "text"]
         opened[name] = open_rows(name, data, sources.get(name, name), texts, "label")
-    rows = open_numbers(opened)
+    rows = open_numbers(opened, width)
     rows = missing(rows, {name: np.flatnonzero(split.faults == MISSING) for name, split in rows.items()}, found)
     rows = unfit(
         rows,
@@ -57,6 +59,14 @@ def check_regression(
     for split in rows.values():
         _say_converted(split, found)
     rows = empty_texts(rows, found)
+    if "train" in rows:
+        rows = _compared(rows, found)
+    made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
+    return made, found
+
+
+def _compared(rows: dict[str, Numbers], found: list[Finding]) -> dict[str, Numbers]:
+    """Looks at train as a whole, and at the other splits beside it."""
     rows = duplicates(rows, found)
     conflicts(rows["train"], found, lambda first: _spread(rows["train"].values, first))
     before = len(np.unique(rows["train"].values, axis=0))
@@ -65,8 +75,7 @@ def check_regression(
     for split in rows.values():
         _outliers(rows["train"], split, found)
     _few_values(rows["train"], found)
-    made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
-    return made, found
+    return rows
 
 
 def _say_converted(rows: Numbers, found: list[Finding]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from hybridtune.checkpoint import Base
-from hybridtune.compare import compare
+from hybridtune.comparison import compare
 
 TASK = {"name": "classification", "labels": ["ham", "spam"]}
 
