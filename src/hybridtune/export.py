@@ -63,6 +63,7 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
         RunError: the model cannot be handed over as that kind.
     """
     loaded, assembly, manifest = checkpoint.load(stage)
+    checkpoint.require(stage / checkpoint.MANIFEST, manifest, ("task", "max_length", "strategy", "stage"))
     possible = kinds(assembly)
     if kind is not None and kind not in possible:
         raise RunError(f"kind {kind}: this model cannot be handed over so", expected=" or ".join(possible))
@@ -91,6 +92,7 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
             "base": vars(base),
             "task": task.state(),
             "max_length": manifest["max_length"],
+            "sha256": checkpoint.hashes(home),
         }
         write_json(home / ABOUT, about)
         snippet = _snippet(kind, base, task)

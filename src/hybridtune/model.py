@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,6 +112,14 @@ def load(
         raise _not_found(name, source, error) from None
     except OSError as error:
         raise _not_found(name, source, error) from None
+    except (SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ModelError(
+            f"model {name}: its weights cannot be read: a file is truncated or altered",
+            found=first_line(error),
+            mend=f"copy or download {source} again",
+        ) from None
     return Loaded(model.eval(), tokenizer, source, new_in(info), auto_class)
 
 

@@ -20,7 +20,6 @@ from .checkpoint import ABOUT, Base
 from .data.checking.rows import place, row_numbers
 from .data.reading import read as reading
 from .errors import DataError, RunError
-from .files import read_json
 from .tasks import Task
 
 SHOWN_ROWS = 10
@@ -151,7 +150,7 @@ def load(folder: Path, device: str = "auto") -> Predictor:
             expected=f"a folder with model/{ABOUT} or {ABOUT} in it",
             mend="finish it with --resume" if unfinished else None,
         )
-    task, base, limit = read_about(home)
+    task, base, limit = read_about(home, files=True)
     if (home / checkpoint.MANIFEST).is_file():
         model: PreTrainedModel = checkpoint.load(home)[0].model
     elif (home / "adapter_config.json").is_file():
@@ -163,13 +162,17 @@ def load(folder: Path, device: str = "auto") -> Predictor:
     return Predictor(model, tokenizer, task, limit).to(models.pick_device(device))
 
 
-def read_about(home: Path) -> tuple[Task, Base, int]:
+def read_about(home: Path, files: bool = False) -> tuple[Task, Base, int]:
     """What a model that was handed over says of itself: its task, its base, and after how many tokens rows are cut.
 
+    Args:
+        home: its folder.
+        files: whether its files of tensors are looked at too.
+
     Raises:
-        RunError: the file is missing or damaged.
+        RunError: a file is missing or damaged.
     """
-    told = read_json(home / ABOUT)
+    told = checkpoint.read_about(home, files)
     try:
         return tasks.from_state(told["task"]), Base(**told["base"]), int(told["max_length"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -72,9 +72,9 @@ def load(
     if (folder / _PEFT).is_file():
         return _from_peft(folder, asked)
     asked = replace(asked, name=str(folder) if folder != Path(name) else name)
+    own, head = _own(folder), set[str]()
     loaded = checkpoint.load_base(asked)
     base = replace(asked, auto_class=loaded.auto_class, fingerprint=models.fingerprint(loaded.model, loaded.new))
-    own, head = _own(folder), set[str]()
     if own and _labels(own) != _labels(asked):
         loaded, head = _with_fresh_head(loaded)
     new = tuple(sorted(head.union(loaded.new)))
@@ -145,8 +145,12 @@ def _from_peft(folder: Path, asked: Base) -> Start:
 
 
 def _own(folder: Path) -> Base | None:
-    """The base of a model that a run has handed over, with the labels that it was tuned for."""
-    return Base(**read_json(folder / ABOUT)["base"]) if (folder / ABOUT).is_file() else None
+    """The base of a model that a run has handed over, with the labels that it was tuned for.
+
+    Raises:
+        RunError: one of its files is damaged.
+    """
+    return Base(**checkpoint.read_about(folder)["base"]) if (folder / ABOUT).is_file() else None
 
 
 def _load_base(told: Base, asked: Base, folder: Path) -> tuple[Loaded, Base]:
