@@ -170,11 +170,43 @@ def test_predict(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     result = call("predict", run, "--input", "test.csv", "--output", tmp_path / "out.jsonl")
     assert result.stdout == f"8 predictions in {tmp_path / 'out.jsonl'}\n"
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert written == api.load(run).predict(texts.splits(24, 8, 8)["test"])
+    rows = texts.splits(24, 8, 8)["test"]
+    said = [{"row": at, "input": row} for at, row in enumerate(rows, 2)]  # line 1 of the file names the columns
+    assert written == [a | b for a, b in zip(said, api.load(run).predict(rows), strict=True)]
     result = call("predict", run, "--input", "columns.csv", "--column", "text=body", "--json")
     assert len(json.loads(result.stdout)["predictions"]) == 24
     told = json.loads(call("predict", run, "--input", "test.csv", "--output", tmp_path / "o", "--json").stdout)
     assert told == {"rows": 8, "output": str(tmp_path / "o"), "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "numbers"),
+    [
+        (["-"], "good a\nbad\n", None),
+        (["--input", "-"], "id,text\n7,good a\n8,bad\n", [2, 3]),
+        (["--input", "-"], '{"text": "good a", "id": "7"}\n{"text": "bad", "id": "8"}\n', [1, 2]),
+        (["--input", "-"], '\ufeff[{"text": "good a", "id": "7"},\n {"text": "bad", "id": "8"}]', [1, 2]),
+    ],
+)
+def test_predict_reads_standard_input(run: Path, words: list[str], given: str, numbers: list[int] | None) -> None:
+    result = CliRunner().invoke(cli.app, ["predict", str(run), *words], input=given)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["label"] for line in lines] == [one["label"] for one in api.load(run).predict(["good a", "bad"])]
+    if numbers is None:
+        assert [line["input"] for line in lines] == ["good a", "bad"]
+    else:
+        assert [(line["row"], str(line["input"]["id"])) for line in lines] == list(zip(numbers, "78", strict=True))
+
+
+def test_a_row_is_named_by_its_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": null}\n')
+    result = CliRunner().invoke(cli.app, ["predict", str(run), "--input", str(tmp_path / "rows.jsonl")])
+    assert result.stderr == f"error: {tmp_path / 'rows.jsonl'}:3: text is missing\n"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    for words in (["predict", run, "--input"], ["evaluate", run, "--data"]):
+        result = CliRunner().invoke(cli.app, [str(word) for word in (*words, tmp_path / "rows.jsonl")])
+        assert "rows.jsonl:2:" in result.stderr and "on_bad_row" not in result.stderr  # which neither has
 
 
 def test_predict_replaces_no_file_unasked(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
@@ -191,8 +223,8 @@ def test_predict_replaces_no_file_unasked(call: Callable[..., Any], run: Path, t
 def test_predict_names_empty_rows(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     rows = texts.save_csv(tmp_path / "rows.csv", [{"text": text, "n": "1"} for text in ("good", " ", "bad", "")])
     result = call("predict", run, "--input", rows)
-    assert result.stderr == "warning: 2 of 4 rows are empty, their predictions mean nothing: row 3, 5\n"
-    assert [set(json.loads(line)) for line in result.stdout.splitlines()] == [{"label", "scores"}] * 4
+    assert result.stderr == f"warning: 2 of 4 rows are empty, their predictions mean nothing: {rows}:3, 5\n"
+    assert [set(json.loads(line)) for line in result.stdout.splitlines()] == [{"row", "input", "label", "scores"}] * 4
     result = call("predict", run, "good", "", "--json")
     assert json.loads(result.stdout)["warnings"] == ["1 of 2 rows are empty, their predictions mean nothing: row 2"]
     with pytest.warns(UserWarning, match="1 of 2 rows are empty"):
@@ -477,7 +509,13 @@ def test_mistakes_with_a_run(call: Callable[..., Any], run: Path, home: Path) ->
             r'there is no column for text\n.*body, kind\n.*\n.*columns=\{"text": "body"\} or --column text=body',
         ),
         (["predict", run, "a", "--input", "test.csv"], "either texts or --input"),
-        (["evaluate", run, "--data", "eggs.csv"], r'eggs\.csv: row 6: unknown label "spamm", did you mean "spam"\?'),
+        (
+            ["evaluate", run, "--data", "eggs.csv"],
+            r'eggs\.csv:6: the model has no label "spamm"[\s\S]*did you mean "spam"\?',
+        ),
+            ["evaluate", run, "--data", "eggs.csv"],
+            r'eggs\.csv:6: the model has no label "spamm"[\s\S]*did you mean "spam"\?',
+        ),
         (["evaluate", run, "--data", "columns.csv", "--column", "text=body"], "there is no column for label"),
         (["export", run, "--output", "m"], "output: m exists"),
         (["export", run, "--output", "out", "--kind", "adapter"], "cannot be handed over"),
