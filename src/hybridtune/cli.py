@@ -242,6 +242,8 @@ def evaluate(
             say = console.warn if finding["level"] == "warning" else lambda text: console.line(f"  - {text}")
             say(f"{finding['count']} x {finding['kind']}: {finding['did']}")
         console.table(("", "value [95%]"), [(name, _interval(metric)) for name, metric in result["metrics"].items()])
+        for note in result.get("notes", []):
+            console.line(note)
         for warning in result["warnings"]:
             console.warn(warning)
         _print(result, as_json)

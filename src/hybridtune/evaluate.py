@@ -95,6 +95,7 @@ def evaluate(
                 "spread": {decision.metric: told["std"]} if told else {},
             }
         )
+    notes, missed = verdicts(task, best.metrics)
     evaluation = {
         "metrics": best.metrics,
         "rows": len(test),
@@ -103,7 +104,9 @@ def evaluate(
         "candidates": candidates,
         "baselines": baselines,
         **task.errors(best.stats, test, best.predictions),
+        "notes": notes,
         "warnings": [
+            *missed,
             *sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
             *_doubts(setting, decision, best.metrics, baselines),
             *failed,
@@ -111,6 +114,12 @@ def evaluate(
         ],
     }
     return evaluation, best, task
+
+
+def verdicts(task: Task, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What was asked for beside the goal: what is kept on the rows of these metrics, and what is missed."""
+    found = task.kept(metrics)
+    return [text for text, fine in found if fine], [text for text, fine in found if not fine]
 
 
 def fit(predictor: predict.Predictor, setting: Setting) -> predict.Predictor:

@@ -73,6 +73,8 @@ def say_scores(evaluation: dict[str, Any], metric: str, console: Console) -> Non
     accuracy = "accuracy" if "accuracy" in evaluation["metrics"] else ""
     chosen = next(number for number, candidate in enumerate(candidates) if candidate["chosen"])
     console.table(("", f"test {metric} (95%)", accuracy, "trained", "seconds", "memory"), rows, bold=chosen)
+    for note in evaluation["notes"]:
+        console.line(f"  {note}")
     for warning in evaluation["warnings"]:
         console.warn(warning)
 

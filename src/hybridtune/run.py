@@ -103,6 +103,7 @@ class Run:
         rows = task.gather(read.map_columns(table, "test", source, task.columns, hints, required, in_recipe=False))
         rows, findings = task.recheck(rows, source)
         scores = evaluate.score(self.predictor, rows, own)
+        kept, missed = evaluate.verdicts(task, scores.metrics)
         doubts = sorted({metric["warning"] for metric in scores.metrics.values() if "warning" in metric})
         return {
             "model": str(self.folder),
@@ -110,7 +111,8 @@ class Run:
             "rows": len(rows),
             "metrics": scores.metrics,
             "findings": [finding.as_dict() for finding in findings],
-            "warnings": [*notes.warnings, *doubts],
+            "notes": kept,
+            "warnings": [*notes.warnings, *missed, *doubts],
         }
 
     def export(self, output: str | Path, kind: str | None = None) -> dict[str, Any]:

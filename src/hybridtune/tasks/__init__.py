@@ -256,6 +256,14 @@ class Task(ABC):
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What evaluation.json says of where the model is wrong."""
 
+    def kept(self, metrics: dict[str, Any]) -> list[tuple[str, bool]]:
+        """What was asked for beside the goal: in a sentence each how rows stand to it, and whether they keep it.
+
+        Args:
+            metrics: of these rows, as evaluation.json has them.
+        """
+        return []
+
     @property
     def doubts(self) -> list[str]:
         """What should be said of what was fitted."""

@@ -310,6 +310,18 @@ class Task(TextTask):
             chosen = reached[-1] if reached else max(points, key=lambda point: point["accuracy"])
         return self.from_state({**self.state(), "threshold": chosen["threshold"], "reached": chosen["accuracy"]})
 
+    def kept(self, metrics: dict[str, Any]) -> list[tuple[str, bool]]:
+        """How many rows get a label, and how many of these are right, beside what `abstain` asks for."""
+        if not self.abstain:
+            return []
+        coverage, right = metrics["coverage"]["value"], metrics["answered_accuracy"]["value"]
+        wanted, asked = next(iter(self.abstain.items()))
+        told = f"{coverage:.1%} of these rows, of which {right:.1%} are right" if coverage else "none of these rows"
+        goal = f"{asked:.4g} of the labels right" if wanted == "accuracy" else f"a label for {asked:.4g} of the rows"
+        fine = coverage > 0 and (right if wanted == "accuracy" else coverage) >= asked
+        said = f"abstain: scores from {self.threshold:.3f} on (fitted on validation rows) get a label, {told}"
+        return [(f"{said}; asked for was {goal}" + ("" if fine else ", which is missed here"), fine)]
+
     @property
     def doubts(self) -> list[str]:
         """That no threshold is as good as was asked for."""
