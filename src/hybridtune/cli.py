@@ -236,12 +236,14 @@ def evaluate(
     """Score a tuned model on labelled rows, with 95% intervals."""
     with _command(as_json) as console:
         from . import api
+        from .progress import say_numbers
 
         result = api.evaluate_run(run, data, device, _columns(column))
         for finding in result.get("findings", []):  # of new rows; those of the run's own were told when tuning
             say = console.warn if finding["level"] == "warning" else lambda text: console.line(f"  - {text}")
             say(f"{finding['count']} x {finding['kind']}: {finding['did']}")
         console.table(("", "value [95%]"), [(name, _interval(metric)) for name, metric in result["metrics"].items()])
+        say_numbers(result, console)
         for note in result.get("notes", []):
             console.line(note)
         for warning in result["warnings"]:

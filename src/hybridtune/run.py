@@ -86,8 +86,8 @@ class Run:
             columns: what the rows' columns are called, where they are not called as in training.
 
         Returns:
-            The rows' number, the metrics with their intervals (those of the user's own among them), what the check has
-            found, and warnings.
+            The rows' number, the metrics with their intervals (those of the user's own among them), where the model is
+            wrong, what the check has found, and warnings; the keys that evaluation.json has too are the same.
 
         Raises:
             DataError: the rows cannot be read, or have a label that the model does not know.
@@ -110,6 +110,7 @@ class Run:
             "data": source,
             "rows": len(rows),
             "metrics": scores.metrics,
+            **task.errors(scores.stats, rows, scores.predictions),
             "findings": [finding.as_dict() for finding in findings],
             "notes": kept,
             "warnings": [*notes.warnings, *missed, *doubts],

@@ -200,7 +200,7 @@ class Task(TextTask):
         return {"targets": found}
 
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The rows that are predicted worst, in units of the spread, and points of a plot."""
+        """The rows that are predicted worst, in units of the spread; of several numbers a row, the scores of each."""
         away = np.abs((stats["predicted"] - stats["gold"]) / self.spread).max(1)
         texts, numbers = self.joined(rows), rows["_row"][:]
         worst = [
@@ -212,7 +212,11 @@ class Task(TextTask):
             }
             for at in np.argsort(-away, kind="stable")[:SHOWN]
         ]
-        return {"worst_rows": worst}
+        each = [
+            {"number": at + 1, **metrics.regression_metrics({name: stats[name][:, at : at + 1] for name in stats})}
+            for at in range(len(self.mean) if self.several else 0)
+        ]
+        return {**({"per_number": each} if each else {}), "worst_rows": worst}
 
 
 def _number(value: Any) -> float:

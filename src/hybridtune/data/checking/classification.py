@@ -12,7 +12,7 @@ from datasets import Dataset
 from ...errors import DataError, nearest
 from .findings import EXAMPLES, Finding, finding, some
 from .labelled import Labelled, open_labelled, same_label_type
-from .labels import DOUBT_SHARE, refuse_what_is_no_class, sort_labels, typos, variants, ways_of_writing
+from .labels import DOUBT_SHARE, is_number, refuse_what_is_no_class, sort_labels, typos, variants, ways_of_writing
 from .rows import as_text
 from .steps import empty_texts, missing, train_of
 from .twins import conflicts, duplicates, first_of, leaks
@@ -21,6 +21,7 @@ Splits = dict[str, Labelled]
 
 SMALL_CLASS = 8
 IMBALANCE = 10
+MANY_NUMBERS = 10  # distinct labels; of fewer, a regression would say that classes may be meant
 
 
 def check_classification(
@@ -84,6 +85,7 @@ def check_classification(
 
 def _compared(rows: Splits, found: list[Finding]) -> Splits:
     """Looks at train as a whole, and at the other splits beside it."""
+    _say_numbers(rows["train"], found)
     _doubtful_labels(rows["train"], found)
     rows = duplicates(rows, found)
     conflicts(rows["train"], found)
@@ -169,6 +171,13 @@ def _refuse_one_class(train: Labelled, before_leaks: set[Any]) -> None:
             if len(before_leaks) < 2
             else "all rows of the other classes also stand in validation or test: add others",
         )
+
+
+def _say_numbers(train: Labelled, found: list[Finding]) -> None:
+    """Many labels that are numbers are perhaps no classes: a model of classes does not know that 4 is nearer to 5."""
+    if len(train.counts) > MANY_NUMBERS and all(is_number(label) for label in train.counts):
+        did = "kept as classes: the labels are numbers; if they lie on a scale, task: regression is meant"
+        found.append(finding("numeric_labels", train, [], did, "info", count=len(train.counts)))
 
 
 def _refuse_unknown_labels(splits: Splits, labels: Iterable[Any], before_leaks: Collection[Any] = ()) -> None:

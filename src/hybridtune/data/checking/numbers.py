@@ -21,6 +21,13 @@ FINE, MISSING, NO_NUMBER = range(3)
 
 _NOTHING = {"", "na", "n/a", "nan", "nil", "none", "null", "missing", "unknown", "-", "--", "?"}
 _COMMA = re.compile(r"[+-]?\d+,\d+")
+_MARKS = "[,.'\u2019 \u00a0\u202f]"  # between thousands, in one country or another
+_MARKED = re.compile(rf"(?P<whole>\d{{1,3}}(?P<mark>{_MARKS})\d{{3}}(?:(?P=mark)\d{{3}})*)(?:[.,](?P<rest>\d+))?")
+_UNIT = r"[^\W\d]{1,12}(?:/[^\W\d]{1,8})?|[^\w\s]{1,2}[^\W\d]?"  # kg, km/h, %, \u20ac, \u00b0C
+_MEASURE = re.compile(
+    rf"(?P<before>(?:[^\W\d]{{1,4}} |[^\W\d]{{0,3}}[^\w\s.,+-] ?)?)(?P<sign>-?)"
+    rf"(?P<number>\d(?:\d|{_MARKS}(?=\d))*)(?P<after>(?:\s?(?:{_UNIT}))?)"
+)
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
@@ -119,6 +126,18 @@ def number_of(value: Any, comma: bool) -> float | None:
         return float(value) if "_" not in str(value) else math.inf
     except (TypeError, ValueError):
         return math.inf
+
+
+def plain_number(text: str) -> str | None:
+    """Returns what a text that is no number was meant as, where it is one with marks between thousands or a unit."""
+    found = _MEASURE.fullmatch(text.strip())
+    if not found or not (found["before"] or found["after"] or _MARKED.fullmatch(found["number"])):
+        return None
+    marked, number = _MARKED.fullmatch(found["number"]), found["number"]
+    if marked:
+        whole = "".join(character for character in marked["whole"] if character.isdigit())
+        return found["sign"] + whole + (f".{marked['rest']}" if marked["rest"] else "")
+    return found["sign"] + number.replace(",", ".") if number_of(number.replace(",", "."), False) is not None else None
 
 
 def open_numbers(splits: dict[str, Rows], width: int | None = None) -> dict[str, Numbers]:

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ...errors import DataError
 from .findings import Finding, finding
-from .numbers import MISSING, NO_NUMBER, Numbers, open_numbers
+from .numbers import MISSING, NO_NUMBER, Numbers, open_numbers, plain_number
 from .rows import as_text, open_rows
 from .steps import empty_texts, missing, train_of, unfit
 from .twins import conflicts, duplicates, leaks
@@ -54,7 +54,7 @@ def check_regression(
         Numbers.given,
         problem="the label is not a number",
         expected="a number on every row",
-        mend="correct these rows; for labels that are names, task: classification",
+        mend=_mend_of(rows),
     )
     for split in rows.values():
         _say_converted(split, found)
@@ -63,6 +63,18 @@ def check_regression(
         rows = _compared(rows, found)
     made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
     return made, found
+
+
+def _mend_of(rows: dict[str, Numbers]) -> str:
+    """What can be done about labels that are no numbers, by what the first of them looks like."""
+    first = next(
+        (split.given(int(at))["label"] for split in rows.values() for at in np.flatnonzero(split.faults == NO_NUMBER)),
+        "",
+    )
+    plain = plain_number(first)
+    if plain:
+        return f"write the number alone, without marks between thousands or a unit: {plain} for {first.strip()}"
+    return "correct these rows; for labels that are names, task: classification"
 
 
 def _compared(rows: dict[str, Numbers], found: list[Finding]) -> dict[str, Numbers]:
