@@ -560,6 +560,9 @@ def test_failures_that_are_nobodys_mistake(call: Callable[..., Any], monkeypatch
     result = call(*tune_words())
     assert result.exit_code == 130
     assert result.stderr == "stopped; what was finished is kept, --resume goes on from there\n"
+    monkeypatch.setattr(api, "check", stop)
+    result = call("check", "--model", "m", "--train", "train.csv")
+    assert (result.exit_code, result.stderr) == (130, "stopped\n")  # there is nothing to go on with
 
 
 # The real command
@@ -703,6 +706,9 @@ def test_bad_rows_are_left_in_the_run_and_said(call: Callable[..., Any], home: P
     words = tune_words("--train", "broken.csv", "--set", "baselines=false", output="bad/x")
     refused = call(*words)
     assert refused.exit_code == 2 and re.search(r"broken\.csv:10: the row has 1 cells[\s\S]*on_bad_row", refused.output)
+    checked = call("check", "--model", "m", "--train", "broken.csv", "--on-bad-row", "skip").output
+    assert "1 rows cannot be read and are left out, the first broken.csv:10" in checked
+    assert "rejected.jsonl" not in checked  # a check writes nothing
     done = call(*words, "--on-bad-row", "skip")
     assert done.exit_code == 0, done.output
     assert "1 rows cannot be read and are left out, the first broken.csv:10" in done.output

@@ -122,7 +122,7 @@ def tune(
 ) -> None:
     """Tune a model: goal, data, strategy, tuning, evaluation."""
     flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
-    with _command(as_json) as console:
+    with _command(as_json, resumes=True) as console:
         from . import api
 
         run = api.tune(_recipe(recipe, flags, set_ or []), resume=resume, overwrite=overwrite, console=console)
@@ -402,8 +402,8 @@ def _print(result: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def _command(as_json: bool) -> Iterator[Console]:
-    """Runs a command: a mistake gives one clear error and no traceback."""
+def _command(as_json: bool, resumes: bool = False) -> Iterator[Console]:
+    """Runs a command: a mistake gives one clear error and no traceback; `resumes`: whether it can be gone on with."""
     from .console import Console
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -437,7 +437,7 @@ def _command(as_json: bool) -> Iterator[Console]:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.finish()
-        print("stopped; what was finished is kept, --resume goes on from there", file=sys.stderr)
+        print("stopped" + "; what was finished is kept, --resume goes on from there" * resumes, file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -157,8 +157,16 @@ def _load_base(told: Base, asked: Base, folder: Path) -> tuple[Loaded, Base]:
     """Loads what a delta or an adapter was trained on, for the task that is asked, and checks that it is the same.
 
     Raises:
-        ModelError: it cannot be found, or has other weights.
+        ModelError: it cannot be found, has other weights, or what was trained on it is of another task.
     """
+    if told.auto_class not in (asked.auto_class, models.DECODERS.get(asked.auto_class)):
+        raise ModelError(
+            f"model {folder}: was tuned for another task",
+            found=f"a model of the class {told.auto_class}",
+            expected=asked.auto_class,
+            mend="export it with --kind checkpoint, whose layers any task can start from, or give its base: "
+            f"model: {told.name}",
+        )
     base = replace(told, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
     tokenizer, as_told = _tokenizer(folder), replace(base, config=told.config)
     same = len(_labels(told)) == len(_labels(asked))
