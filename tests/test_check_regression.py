@@ -74,8 +74,7 @@ def test_what_is_no_number() -> None:
 
 def test_texts_become_numbers() -> None:
     repaired, found = check(AS_TEXT, [("v", "\u22123")])
-    assert (found["label_type", "train"].count, found["label_type", "train"].level) == (20, "info")
-    assert found["label_type", "train"].examples[1] == {"row": 3, "text": "text 1", "label": "1.5", "suggestion": 1.5}
+    assert not [finding for (kind, _), finding in found.items() if kind == "label_type"]  # as all of a CSV file are
     assert repaired["train"]["label"][:3] == [0.5, 1.5, 2.5]
     assert repaired["validation"]["label"][:] == [-3.0]
 

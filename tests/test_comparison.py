@@ -19,7 +19,7 @@ def run(folder: Path, gold: list[int], predicted: list[int]) -> Path:
     """The files of a run that are compared."""
     (folder / "model").mkdir(parents=True)
     base = Base("base", None, "", "AutoModelForSequenceClassification", {})
-    about = {"task": TASK, "base": vars(base), "max_length": 64}
+    about = {"kind": "checkpoint", "task": TASK, "base": vars(base), "max_length": 64, "sha256": {}}
     (folder / "model" / "hybridtune.json").write_text(json.dumps(about))
     (folder / "data.json").write_text(json.dumps({"splits": {"test": {"fingerprint": "same"}}}))
     lines = [

@@ -151,7 +151,7 @@ def _race(setting: Setting, plan: Sequence[Strategy], folder: Path, console: Con
     def end(done: Trial) -> None:
         spent = f"{consoles.seconds(done.seconds)}, {consoles.count(done.trainable)} trained"
         console.line(
-            f"    {setting.metric} {done.validation[setting.metric]:.4f} on validation, {spent}, "
+            f"    {setting.metric} {consoles.number(done.validation[setting.metric], 4)} on validation, {spent}, "
             f"{consoles.memory(done.peak_bytes)}"
         )
 

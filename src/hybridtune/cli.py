@@ -236,13 +236,16 @@ def evaluate(
     """Score a tuned model on labelled rows, with 95% intervals."""
     with _command(as_json) as console:
         from . import api
+        from . import console as consoles
         from .progress import say_numbers
 
         result = api.evaluate_run(run, data, device, _columns(column))
         for finding in result.get("findings", []):  # of new rows; those of the run's own were told when tuning
             say = console.warn if finding["level"] == "warning" else lambda text: console.line(f"  - {text}")
             say(f"{finding['count']} x {finding['kind']}: {finding['did']}")
-        console.table(("", "value [95%]"), [(name, _interval(metric)) for name, metric in result["metrics"].items()])
+        console.table(
+            ("", "value [95%]"), [(name, consoles.interval(metric, 4)) for name, metric in result["metrics"].items()]
+        )
         say_numbers(result, console)
         for note in result.get("notes", []):
             console.line(note)
@@ -260,14 +263,15 @@ def compare(
     """Compare two runs on the same test rows: differences with 95% intervals, and McNemar's test."""
     with _command(as_json) as console:
         from . import api
+        from . import console as consoles
 
         result = api.compare(a, b)
         rows = [
             (
                 name,
-                f"{m['a']:.4f}",
-                f"{m['b']:.4f}",
-                f"{m['difference']['value']:+.4f} [{m['difference']['low']:+.4f}, {m['difference']['high']:+.4f}]",
+                consoles.number(m["a"], 4),
+                consoles.number(m["b"], 4),
+                consoles.interval(m["difference"], 4, "+"),
             )
             for name, m in result["metrics"].items()
         ]
@@ -390,10 +394,6 @@ def _standard_input(path: Path) -> Iterator[Path]:
 def _line(prediction: dict[str, Any]) -> str:
     """A line of JSON Lines; what JSON has no word for, such as a date of the input, is text."""
     return json.dumps(prediction, ensure_ascii=False, default=str) + "\n"
-
-
-def _interval(metric: dict[str, Any]) -> str:
-    return f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]"
 
 
 def _print(result: Any, as_json: bool) -> None:

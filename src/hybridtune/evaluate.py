@@ -11,13 +11,14 @@ from typing import Any
 from datasets import Dataset
 
 from . import answer, checkpoint, predict
+from . import console as consoles
 from . import model as models
 from .errors import RecipeError, RunError
 from .files import read_json, write_text
 from .own_metrics import OwnMetrics
 from .select import Decision
 from .tasks import Baseline, Stats, Task
-from .tasks.metrics import mean_and_spread
+from .tasks.metrics import SENTENCES, mean_and_spread
 from .trial import FEW_VALIDATION_ROWS, Setting, Trial
 
 
@@ -107,13 +108,19 @@ def evaluate(
         "notes": notes,
         "warnings": [
             *missed,
-            *sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
+            *doubts_of(best.metrics),
             *_doubts(setting, decision, best.metrics, baselines),
             *failed,
             *task.doubts,
         ],
     }
     return evaluation, best, task
+
+
+def doubts_of(metrics: dict[str, Any]) -> list[str]:
+    """What is said of intervals that cannot be relied on, each sentence once: several metrics may share one."""
+    told = (interval["warning"] for interval in metrics.values() if "warning" in interval)
+    return sorted({sentence for warning in told for sentence in warning.split(SENTENCES)})
 
 
 def verdicts(task: Task, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -142,7 +149,7 @@ def _doubts(
         if sign * own <= sign * other:
             yield (
                 f"{decision.chosen.strategy} does not beat the best baseline on the test rows: "
-                f"{metric} {own:.3f}, {best['name']} {other:.3f}"
+                f"{metric} {consoles.number(own)}, {best['name']} {consoles.number(other)}"
             )
     if len(setting.validation_rows) < FEW_VALIDATION_ROWS and not setting.folds:
         yield (

@@ -23,7 +23,7 @@ from .compose import Assembly, Attachment
 from .errors import RunError
 from .files import new_folder, write_json, write_text
 from .methods._peft import name_in_file
-from .model import PACKAGED, Loaded, fingerprint
+from .model import PACKAGED, Loaded, fingerprint, quiet
 from .tasks import Task
 
 Kind = Literal["checkpoint", "adapter", "delta"]
@@ -87,7 +87,8 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
             loaded.model.config.save_pretrained(home)  # the names of the labels, which no adapter holds
         else:
             assembly.merge()
-            loaded.model.save_pretrained(home)
+            with quiet():
+                loaded.model.save_pretrained(home)
         loaded.tokenizer.save_pretrained(home)
         if task.writes:  # a checkpoint has it already
             loaded.model.generation_config.save_pretrained(home)
@@ -162,7 +163,8 @@ def _write_base(folder: Path, loaded: Loaded, assembly: Assembly, base: Base) ->
     plain = copy.deepcopy(assembly)
     for attachment in plain.attachments:
         methods.load(attachment.method).detach(plain.model, list(attachment.parameters))
-    plain.model.save_pretrained(folder)  # type: ignore[operator]
+    with quiet():
+        plain.model.save_pretrained(folder)  # type: ignore[operator]
     loaded.tokenizer.save_pretrained(folder)
     return replace(base, name=BASE, revision=None, fingerprint=fingerprint(plain.model))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -239,14 +240,17 @@ def pick_device(asked: str) -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers' report of missing weights and its progress bar: `Loaded.new` says the same."""
+    """Without transformers' report of missing weights, which `Loaded.new` says too, its progress bars, and what it has
+    to say of PEFT's code. Afterwards all is as the user has it."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(before)
         if bar:

@@ -190,4 +190,5 @@ def _with_peft(home: Path, base: Base) -> PreTrainedModel:
     base = base.beside(home)
     loaded = checkpoint.load_base(base, tokenizer_from=str(home))
     checkpoint.check_fingerprint(loaded, base, home)
-    return PeftModel.from_pretrained(loaded.model, str(home))  # type: ignore[return-value]
+    with models.quiet():
+        return PeftModel.from_pretrained(loaded.model, str(home))  # type: ignore[return-value]

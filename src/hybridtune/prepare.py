@@ -19,6 +19,7 @@ from . import model as models
 from . import own_file, survey, trial
 from .console import Console
 from .data import split
+from .data.bars import no_bars
 from .data.checking import check
 from .data.checking.rows import as_text, batches
 from .data.doubts.tokens import token_summary, unknown_characters
@@ -324,7 +325,8 @@ def _folds(
 ) -> list[tuple[Dataset, Dataset, Dataset]]:
     """For each fold the items to train on, those to validate on, and the rows of the latter."""
     assert recipe.data.folds is not None
-    every = concatenate_datasets([rows["train"], rows["validation"]])
+    with no_bars():
+        every = concatenate_datasets([rows["train"], rows["validation"]])
     alike = _alike(task, every, task.strata(every))
     parts = split.k_folds(every, recipe.data.folds, recipe.all_seeds()[0], **alike)
     encode = partial(task.encode, tokenizer=loaded.tokenizer, limit=limit)

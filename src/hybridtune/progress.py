@@ -39,7 +39,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         metrics = metrics or {}
         if state.is_world_process_zero and self.training:
             shown = dict.fromkeys((str(args.metric_for_best_model), "loss"))
-            values = "  ".join(f"{key} {metrics.get('eval_' + key, float('nan')):.4f}" for key in shown)
+            values = "  ".join(f"{key} {consoles.number(metrics.get('eval_' + key, float('nan')), 4)}" for key in shown)
             self.console.line(f"    {self.stage}  epoch {state.epoch:g}  {values}", "dim")
 
     def on_train_end(

@@ -104,7 +104,7 @@ class Run:
         rows, findings = task.recheck(rows, source)
         scores = evaluate.score(self.predictor, rows, own)
         kept, missed = evaluate.verdicts(task, scores.metrics)
-        doubts = sorted({metric["warning"] for metric in scores.metrics.values() if "warning" in metric})
+        doubts = evaluate.doubts_of(scores.metrics)
         return {
             "model": str(self.folder),
             "data": source,

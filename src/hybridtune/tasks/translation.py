@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from datasets import Dataset
 
+from ..data.bars import no_bars
 from ..data.checking import check
 from . import Baseline, Stats, _bleu
 from ._generation import WritingTask
@@ -69,8 +70,9 @@ class Task(WritingTask):
             return table
         there = [key for key in table.features[NESTED] if key not in table.column_names]
         nested = table[NESTED][:]
-        for key in there:
-            table = table.add_column(key, [(row or {}).get(key) for row in nested])
+        with no_bars():
+            for key in there:
+                table = table.add_column(key, [(row or {}).get(key) for row in nested])
         return table.remove_columns(NESTED)
 
     def check(

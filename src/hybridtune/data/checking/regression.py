@@ -98,7 +98,7 @@ def _say_converted(rows: Numbers, found: list[Finding]) -> None:
     if len(commas):
         did = "read with a decimal comma, as 3,5 is 3.5"
         found.append(finding("decimal_comma", rows, commas, did, "warning", details))
-    if len(texts):
+    if 0 < len(texts) < len(rows):  # in a file of texts all are
         found.append(finding("label_type", rows, texts, "texts made numbers", "info", details))
 
 

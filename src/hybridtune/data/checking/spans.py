@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from datasets import Dataset
 
 from ...errors import DataError
+from ..bars import no_bars
 from .findings import EXAMPLES, SHOWN, Finding
 from .rows import place, row_numbers
 from .schemes import OUTSIDE
@@ -92,7 +93,8 @@ def tagged(
                 mine[at] = f"{'B' if at == inside[0] else 'I'}-{span['label']}"
         tags.append(mine)
     kept = rows.remove_columns([name for name in ("tokens", "tags") if name in rows.column_names])
-    made = kept.add_column("tokens", tokens).add_column("tags", tags)
+    with no_bars():
+        made = kept.add_column("tokens", tokens).add_column("tags", tags)
     if not cut:
         return made, []
     did = f"widened to whole words: {spans_cut} spans that begin or end within one, such as {cut[0]['span']!r}"

@@ -11,7 +11,7 @@ from ...errors import DataError
 from .findings import Finding, finding, some
 from .labels import TYPO_SHARE, variants, ways_of_writing
 from .rows import column_type, is_list, is_string
-from .schemes import OUTSIDE, is_chunked, parse, scheme_of
+from .schemes import IOB2, OUTSIDE, is_chunked, parse, scheme_of
 from .steps import empty_texts, missing, train_of, unfit
 from .tagged import BROKEN, MISMATCH, MISSING, RENAMED, Rule, Tagged, Tally, open_tagged
 from .twins import conflicts, duplicates, leaks
@@ -73,7 +73,7 @@ def check_tagging(
 def _say_types(splits: Splits, found: list[Finding]) -> None:
     for rows in splits.values():
         kinds = {name: column_type(rows.data, name) for name in ("tokens", "tags")}
-        odd = [name for name, kind in kinds.items() if not (is_list(kind) and is_string(kind.value_type))]
+        odd = [name for name, kind in kinds.items() if not is_string(kind.value_type if is_list(kind) else kind)]
         if odd:
             did = " and ".join(f"{name} made lists of texts, out of {kinds[name]}" for name in odd)
             found.append(finding("label_type", rows, range(len(rows)), did, "info"))
@@ -123,8 +123,8 @@ def _of_types(counts: Counter[str]) -> Counter[str]:
 
 def _say_tags(rows: Tagged, broken: Counter[tuple[str, str]], found: list[Finding]) -> None:
     scheme = rows.rule.scheme
-    if rows.split == "train":
-        name = scheme.name if scheme else "pieces in no known scheme" if rows.rule.chunked else "one for each token"
+    if rows.split == "train" and rows.rule.chunked and scheme is not IOB2:  # what everybody takes for granted
+        name = scheme.name if scheme else "pieces in no known scheme"
         found.append(finding("scheme", rows, [], f"tags read as {name}", "info", count=len(rows)))
     renamed = rows.marked(RENAMED)
     if len(renamed):
