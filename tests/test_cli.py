@@ -682,6 +682,10 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> No
         (console.memory(3 * 2**30), "3.00 GiB"),
         (console.seconds(9.94), "9.9 s"),
         (console.seconds(125), "2 min 05 s"),
+        (console.number(-0.0001), "0.000"),
+        (console.number(1234.5), "1,234"),
+        (console.number(1_515_357_680_387.4), "1.515e+12"),
+        (console.number(0.25, 4, "+"), "+0.2500"),
         (console.interval({"value": 0.9, "low": 0.8, "high": 1}), "0.900 [0.800, 1.000]"),
     ],
 )

@@ -112,7 +112,9 @@ def number(value: float, digits: int = 3, sign: str = "") -> str:
     """
     if abs(value) >= 1e7:
         return f"{value:{sign}.4g}"
-    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.{digits}f}"
+    return (
+        f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+    )  # no -0.000
 
 
 def interval(metric: dict[str, float], digits: int = 3, sign: str = "") -> str:
