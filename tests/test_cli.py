@@ -200,6 +200,8 @@ def test_predict_reads_standard_input(run: Path, words: list[str], given: str, n
 
 
 def test_a_row_is_named_by_its_line(run: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["predict", str(run), "--input", "-"], input="id,text\n7,good\n8,\n")
+    assert result.stderr == "warning: 1 of 2 rows are empty, their predictions mean nothing: stdin.csv:3\n"
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": null}\n')
     result = CliRunner().invoke(cli.app, ["predict", str(run), "--input", str(tmp_path / "rows.jsonl")])
     assert result.stderr == f"error: {tmp_path / 'rows.jsonl'}:3: text is missing\n"

@@ -200,7 +200,8 @@ def predict(
         source, rows = "the rows", list(texts or [])
         if input_:
             with _standard_input(input_) as path:
-                source, rows = str(path), api.rows_for_prediction(path, doubts.append)
+                source = str(path) if path == input_ else path.name  # no place of standard input's copy
+                rows = api.rows_for_prediction(path, doubts.append)
         elif texts == ["-"]:
             rows = sys.stdin.read().splitlines()
         predictions = api.with_inputs(rows, tuned.predict(rows, _columns(column), doubts.append, source))
