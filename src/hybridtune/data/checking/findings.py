@@ -31,7 +31,8 @@ class Finding:
             `answer_spaces`, `answer_writing`, `offset_missing`, `offset_bytes`, `offset_utf16`, `offset_line_ends`,
             `offset_moved`, `answer_absent`, `no_answer`, `shared_context`. Of translation and summarization:
             `copied_target`, `length_ratio`, `language_order`, `long_summary`, `no_spaces`. Of instruction:
-            `unknown_role`, `late_system`, `empty_turn`, `joined_turns`, `leading_answer`, `cut_back`, `answer_cut_away`, `one_by_one`.
+            `unknown_role`, `late_system`, `empty_turn`, `joined_turns`, `leading_answer`, `cut_back`,
+            `answer_cut_away`, `one_by_one`.
         split: the split where it was found.
         count: how many rows; how many classes or types for kinds that speak of these.
         did: what was done, in words.
