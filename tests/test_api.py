@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 import hybridtune
 from hybridtune import api, checkpoint, evaluate, predict
-from hybridtune.compare import compare
+from hybridtune.comparison import compare
 from hybridtune.console import Console
 from hybridtune.errors import DataError, HybridtuneError, RecipeError, RunError, UserError
 from hybridtune.files import write_text
@@ -308,7 +308,7 @@ def test_evaluate_run(race: hybridtune.Run, tmp_path: Path) -> None:
     scored = api.evaluate_run(race.folder, rows, columns={"text": "body", "label": "kind"})
     assert scored["rows"] == 2
     file = texts.save_csv(tmp_path / "new.csv", [{"text": "good", "label": "ham"}, {"text": "bad", "label": "spamm"}])
-    with pytest.raises(DataError, match=r'new\.csv: row 3: unknown label "spamm", did you mean "spam"\?'):
+    with pytest.raises(DataError, match=r'new\.csv:3: the model has no label "spamm"[\s\S]*did you mean "spam"\?'):
         api.evaluate_run(race.folder, str(file))
     with pytest.raises(DataError, match="row 2: the row has no label"):
         api.evaluate_run(race.folder, [{"text": "good", "label": "ham"}, {"text": "bad", "label": None}])

@@ -292,3 +292,13 @@ def test_real_data(name: str, classes: int, repeats: int, leaks: int) -> None:
     assert not {"label_variant", "label_typo", "missing_label", "empty_text"} & {item.kind for item in found}
     assert len(repaired["train"]) == len(splits["train"]) - repeats - leaks
     assert len(label_names(repaired["train"], False)) == classes
+
+
+@pytest.mark.parametrize(("values", "told"), [(range(11), True), (range(10), False), ("abcdefghijklm", False)])
+def test_many_labels_that_are_numbers_may_be_a_scale(values: Any, told: bool) -> None:
+    labels = [value for value in values for _ in range(9)]
+    rows = Dataset.from_dict({"text": [f"text {n}" for n in range(len(labels))], "label": labels})
+    _, found = check_classification({"train": rows}, sources=SOURCES, multi_label=False)
+    said = [finding for finding in found if finding.kind == "numeric_labels"]
+    assert bool(said) == told
+    assert all("task: regression" in finding.did and finding.count == 11 for finding in said)

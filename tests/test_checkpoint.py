@@ -494,9 +494,32 @@ def test_deltas_are_the_same_in_a_new_process(bases: Callable[[str], Path], tmp_
 
 def test_a_kind_that_is_not_possible_is_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
     tuned = tune(tmp_path / "stage", bases("bert"), [tiny.rule("layers", "adapter", bottleneck=4)])
-    with pytest.raises(RunError, match=r"kind checkpoint: .* cannot be handed over so\n.*expected: +delta"):
+    with pytest.raises(
+        RunError, match=r"kind checkpoint: .* cannot be handed over so\n.*not linear.*\n +expected: +delta"
+    ):
         export.write(tmp_path / "model", tuned.folder, "checkpoint")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ([tiny.rule("layers[-1:]", "full")], "nothing sits on the model"),
+        ([tiny.rule("layers", "adapter", bottleneck=4)], "adapter sits on it, which is no method of PEFT's"),
+        ([tiny.rule("layers.attention", "lora", r=2), tiny.rule("layers.mlp", "ia3")], "ia3, lora sit on it together"),
+        (
+            [tiny.rule("layers[0:1]", "lora", r=2), tiny.rule("layers[1:2]", "lora", r=2, use_dora=True)],
+            "rules of lora differ in use_dora",
+        ),
+    ],
+)
+def test_why_a_model_is_no_adapter_is_said(
+    bases: Callable[[str], Path], tmp_path: Path, rules: list[Rule], reason: str
+) -> None:
+    tuned = tune(tmp_path / "stage", bases("bert"), rules)
+    with pytest.raises(RunError, match="kind adapter: this model cannot be handed over so") as raised:
+        export.write(tmp_path / "model", tuned.folder, "adapter")
+    assert str(raised.value.found).startswith(reason)
 
 
 def test_what_was_handed_over_before_is_replaced_whole(bases: Callable[[str], Path], tmp_path: Path) -> None:

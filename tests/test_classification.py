@@ -149,8 +149,8 @@ def test_baselines_where_a_label_stands_on_every_row() -> None:
     rows = [{"text": row["text"], "label": ["always", row["label"]]} for row in texts.labelled(20)]
     task, table = checked(rows, multi_label=True)
     found = task.baselines(table, table, None)
-    assert [name for name, _, _ in found] == ["majority class", "bag of words"]
-    assert all(stats["predicted"][:, 0].all() for _, _, stats in found)
+    assert [name for name, *_ in found] == ["majority class", "bag of words"]
+    assert all(stats["predicted"][:, 0].all() for _, _, stats, _ in found)
 
 
 # What the model reads

@@ -170,11 +170,45 @@ def test_predict(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     result = call("predict", run, "--input", "test.csv", "--output", tmp_path / "out.jsonl")
     assert result.stdout == f"8 predictions in {tmp_path / 'out.jsonl'}\n"
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert written == api.load(run).predict(texts.splits(24, 8, 8)["test"])
+    rows = texts.splits(24, 8, 8)["test"]
+    said = [{"row": at, "input": row} for at, row in enumerate(rows, 2)]  # line 1 of the file names the columns
+    assert written == [a | b for a, b in zip(said, api.load(run).predict(rows), strict=True)]
     result = call("predict", run, "--input", "columns.csv", "--column", "text=body", "--json")
     assert len(json.loads(result.stdout)["predictions"]) == 24
     told = json.loads(call("predict", run, "--input", "test.csv", "--output", tmp_path / "o", "--json").stdout)
     assert told == {"rows": 8, "output": str(tmp_path / "o"), "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "numbers"),
+    [
+        (["-"], "good a\nbad\n", None),
+        (["--input", "-"], "id,text\n7,good a\n8,bad\n", [2, 3]),
+        (["--input", "-"], '{"text": "good a", "id": "7"}\n{"text": "bad", "id": "8"}\n', [1, 2]),
+        (["--input", "-"], '\ufeff[{"text": "good a", "id": "7"},\n {"text": "bad", "id": "8"}]', [1, 2]),
+    ],
+)
+def test_predict_reads_standard_input(run: Path, words: list[str], given: str, numbers: list[int] | None) -> None:
+    result = CliRunner().invoke(cli.app, ["predict", str(run), *words], input=given)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["label"] for line in lines] == [one["label"] for one in api.load(run).predict(["good a", "bad"])]
+    if numbers is None:
+        assert [line["input"] for line in lines] == ["good a", "bad"]
+    else:
+        assert [(line["row"], str(line["input"]["id"])) for line in lines] == list(zip(numbers, "78", strict=True))
+
+
+def test_a_row_is_named_by_its_line(run: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["predict", str(run), "--input", "-"], input="id,text\n7,good\n8,\n")
+    assert result.stderr == "warning: 1 of 2 rows are empty, their predictions mean nothing: stdin.csv:3\n"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": null}\n')
+    result = CliRunner().invoke(cli.app, ["predict", str(run), "--input", str(tmp_path / "rows.jsonl")])
+    assert result.stderr == f"error: {tmp_path / 'rows.jsonl'}:3: text is missing\n"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    for words in (["predict", run, "--input"], ["evaluate", run, "--data"]):
+        result = CliRunner().invoke(cli.app, [str(word) for word in (*words, tmp_path / "rows.jsonl")])
+        assert "rows.jsonl:2:" in result.stderr and "on_bad_row" not in result.stderr  # which neither has
 
 
 def test_predict_replaces_no_file_unasked(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
@@ -191,8 +225,8 @@ def test_predict_replaces_no_file_unasked(call: Callable[..., Any], run: Path, t
 def test_predict_names_empty_rows(call: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     rows = texts.save_csv(tmp_path / "rows.csv", [{"text": text, "n": "1"} for text in ("good", " ", "bad", "")])
     result = call("predict", run, "--input", rows)
-    assert result.stderr == "warning: 2 of 4 rows are empty, their predictions mean nothing: row 3, 5\n"
-    assert [set(json.loads(line)) for line in result.stdout.splitlines()] == [{"label", "scores"}] * 4
+    assert result.stderr == f"warning: 2 of 4 rows are empty, their predictions mean nothing: {rows}:3, 5\n"
+    assert [set(json.loads(line)) for line in result.stdout.splitlines()] == [{"row", "input", "label", "scores"}] * 4
     result = call("predict", run, "good", "", "--json")
     assert json.loads(result.stdout)["warnings"] == ["1 of 2 rows are empty, their predictions mean nothing: row 2"]
     with pytest.warns(UserWarning, match="1 of 2 rows are empty"):
@@ -477,7 +511,10 @@ def test_mistakes_with_a_run(call: Callable[..., Any], run: Path, home: Path) ->
             r'there is no column for text\n.*body, kind\n.*\n.*columns=\{"text": "body"\} or --column text=body',
         ),
         (["predict", run, "a", "--input", "test.csv"], "either texts or --input"),
-        (["evaluate", run, "--data", "eggs.csv"], r'eggs\.csv: row 6: unknown label "spamm", did you mean "spam"\?'),
+        (
+            ["evaluate", run, "--data", "eggs.csv"],
+            r'eggs\.csv:6: the model has no label "spamm"[\s\S]*did you mean "spam"\?',
+        ),
         (["evaluate", run, "--data", "columns.csv", "--column", "text=body"], "there is no column for label"),
         (["export", run, "--output", "m"], "output: m exists"),
         (["export", run, "--output", "out", "--kind", "adapter"], "cannot be handed over"),
@@ -525,6 +562,9 @@ def test_failures_that_are_nobodys_mistake(call: Callable[..., Any], monkeypatch
     result = call(*tune_words())
     assert result.exit_code == 130
     assert result.stderr == "stopped; what was finished is kept, --resume goes on from there\n"
+    monkeypatch.setattr(api, "check", stop)
+    result = call("check", "--model", "m", "--train", "train.csv")
+    assert (result.exit_code, result.stderr) == (130, "stopped\n")  # there is nothing to go on with
 
 
 # The real command
@@ -644,6 +684,10 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> No
         (console.memory(3 * 2**30), "3.00 GiB"),
         (console.seconds(9.94), "9.9 s"),
         (console.seconds(125), "2 min 05 s"),
+        (console.number(-0.0001), "0.000"),
+        (console.number(1234.5), "1,234"),
+        (console.number(1_515_357_680_387.4), "1.515e+12"),
+        (console.number(0.25, 4, "+"), "+0.2500"),
         (console.interval({"value": 0.9, "low": 0.8, "high": 1}), "0.900 [0.800, 1.000]"),
     ],
 )
@@ -668,6 +712,9 @@ def test_bad_rows_are_left_in_the_run_and_said(call: Callable[..., Any], home: P
     words = tune_words("--train", "broken.csv", "--set", "baselines=false", output="bad/x")
     refused = call(*words)
     assert refused.exit_code == 2 and re.search(r"broken\.csv:10: the row has 1 cells[\s\S]*on_bad_row", refused.output)
+    checked = call("check", "--model", "m", "--train", "broken.csv", "--on-bad-row", "skip").output
+    assert "1 rows cannot be read and are left out, the first broken.csv:10" in checked
+    assert "rejected.jsonl" not in checked  # a check writes nothing
     done = call(*words, "--on-bad-row", "skip")
     assert done.exit_code == 0, done.output
     assert "1 rows cannot be read and are left out, the first broken.csv:10" in done.output

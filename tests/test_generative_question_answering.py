@@ -123,7 +123,7 @@ def test_baselines() -> None:
     test = rows(
         ("when was the school built", "It burns. It was built in 1887!", ["1887"]), ("what is sold here", "No.", [])
     )
-    found = {name: stats["f1"].tolist() for name, _, stats in Task().baselines(train, test, None)}
+    found = {name: stats["f1"].tolist() for name, _, stats, _ in Task().baselines(train, test, None)}
     assert found == {"likest sentence": [pytest.approx(1 / 3), 0], "likest question": [1, 1], "no answer": [0, 1]}
     told = [name for name, *_ in Task(with_context=False).baselines(train, test.select([0]), None)]
     assert told == ["likest question"]

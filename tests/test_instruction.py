@@ -643,7 +643,9 @@ def test_the_commands(run: hybridtune.Run, tmp_path: Path) -> None:
     rows.write_text("\n".join(json.dumps(row) for row in TEST[:5]))
     found = CliRunner().invoke(app, ["predict", str(run.folder), "--input", str(rows), "--json"])
     assert found.exit_code == 0, found.output
-    assert json.loads(found.stdout)["predictions"] == run.predict(TEST[:5])
+    told = json.loads(found.stdout)["predictions"]
+    assert [{key: one[key] for key in one if key not in ("row", "input")} for one in told] == run.predict(TEST[:5])
+    assert [one["row"] for one in told] == [1, 2, 3, 4, 5]
     alpaca = tmp_path / "alpaca.jsonl"
     alpaca.write_text(json.dumps({"instruction": "new a b c", "output": "a"}) + "\n")
     for path in (rows, alpaca):

@@ -100,11 +100,38 @@ def test_abstaining_is_fitted_on_validation_rows(base: Path, tmp_path: Path) -> 
     validation = texts.splits(60, 20, 20)["validation"]
     given = [one["label"] is not None for one in run.predict([row["text"] for row in validation])]
     assert sum(given) == 10
+    metrics, asked = told["metrics"], 0.5
+    said = next(one for one in [*told["notes"], *told["warnings"]] if one.startswith("abstain: scores from "))
+    assert f"{metrics['coverage']['value']:.1%} of these rows, of which " in said
+    assert f"{metrics['answered_accuracy']['value']:.1%} are right; asked for was a label for 0.5 of the rows" in said
+    assert (said in told["warnings"]) == (metrics["coverage"]["value"] < asked) == said.endswith("missed here")
+    again = run.evaluate(texts.splits(60, 20, 20)["test"])
+    assert said in [*again["notes"], *again["warnings"]]
+    assert f"{task.threshold:.3f}" in (run.folder / "report.html").read_text()  # type: ignore[attr-defined]
     assert told["abstain"]["threshold"] == task.threshold  # type: ignore[attr-defined]
     points = told["abstain"]["curve"]
     assert points[-1]["coverage"] == 1
     assert points[-1]["accuracy"] == pytest.approx(told["metrics"]["accuracy"]["value"])
     assert all(a["threshold"] > b["threshold"] for a, b in itertools.pairwise(points))
+
+
+@pytest.mark.parametrize(
+    ("abstain", "coverage", "right", "fine"),
+    [
+        ({"accuracy": 0.95}, 0.7, 0.96, True),
+        ({"accuracy": 0.95}, 0.7, 0.94, False),
+        ({"accuracy": 0.95}, 0.0, 1.0, False),  # of no label all are right
+        ({"coverage": 0.9}, 0.91, 0.5, True),
+        ({"coverage": 0.9}, 0.89, 1.0, False),
+    ],
+)
+def test_whether_test_rows_keep_what_was_asked(
+    abstain: dict[str, float], coverage: float, right: float, fine: bool
+) -> None:
+    metrics = {"coverage": {"value": coverage}, "answered_accuracy": {"value": right}}
+    ((said, kept),) = Task(["a", "b"], abstain=abstain, threshold=0.625).kept(metrics)
+    assert kept == fine == (not said.endswith("which is missed here"))
+    assert "scores from 0.625 on" in said and str(next(iter(abstain.values()))) in said
 
 
 def test_an_accuracy_that_no_threshold_reaches_is_said(base: Path, tmp_path: Path) -> None:

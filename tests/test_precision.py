@@ -171,7 +171,6 @@ class TestCache:
         ({"bf16": False}, None, False, False, "as asked for"),
         ({"bf16": True, "engine": "off"}, None, True, False, "as asked for"),
         ({"engine": "off"}, None, False, True, "engine: off"),
-        ({"fp16": True}, None, False, True, "fp16 is asked for"),
         ({}, False, False, True, "as the run was begun"),
         ({}, True, True, True, "as the run was begun"),
     ],
@@ -180,6 +179,19 @@ def test_the_choice(measured: Any, keys: Any, begun: bool | None, bf16: bool, de
     asked = measured(4.0)
     assert choose(recipe(**keys), CPU, begun) == Choice(bf16, default, reason)
     assert len(asked) == ("here" in reason), "nothing is measured that does not count"
+
+
+def test_fp16_is_for_a_gpu(measured: Any, tmp_path: Path) -> None:
+    asked = measured(4.0)
+    assert choose(recipe(fp16=True), torch.device("cuda")) == Choice(False, True, "fp16 is asked for")
+    with pytest.raises(RecipeError, match="fp16: true, but a CPU is not trained in it"):
+        choose(recipe(fp16=True), CPU)
+    assert not asked
+    arguments = hf.TrainingArguments(str(tmp_path), fp16=True, use_cpu=True, report_to="none")
+    strategy = {"stages": [{"rules": [{"part": "head", "method": "full"}]}]}
+    model = tiny.classifier("bert")
+    with pytest.raises(RecipeError, match="fp16: true, but a CPU"):
+        HybridTrainer(model, arguments, train_dataset=tiny.rows(8), strategy=strategy).train()
 
 
 def test_where_it_is_slower(measured: Any) -> None:

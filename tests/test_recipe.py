@@ -381,13 +381,33 @@ def test_values_of_set_are_yaml(text: str, value: Any) -> None:
         ("seed", r'--set "seed" has no value'),
         ("seed=[1", "the value is not YAML"),
         ("model.name=x", '"name" leads nowhere'),
-        ("stages.0.rules.7.r=4", r'no entry "7"\n.*a number from 0 to'),
+        ("stages.0.rules.7.r=4", r'no entry "7"\n.*a number: 0 \('),
         ("stages.first.learning_rate=1", 'no entry "first"'),
         ("strategy.1.name=x", 'no entry "1"'),
     ],
 )
 def test_set_that_leads_nowhere(assignment: str, says: str) -> None:
     refused(says, lambda: with_values(LEAST, [assignment]))
+
+
+@pytest.mark.parametrize("text", ["Message: {text}", "{text} [SEP]", "{text}", "- {text}", "[a, b]"])
+def test_a_text_needs_no_quotes_within_quotes(text: str) -> None:
+    assert with_values(LEAST, [f"template={text}"])["template"] == text
+    assert with_values(LEAST, [f'template="{text}"'])["template"] == text  # nor does it mind them
+    assert with_values(LEAST, ["template=null"])["template"] is None
+
+
+def test_an_entry_that_is_not_there_is_told_from_those_that_are() -> None:
+    tree = {**LEAST, "strategy": [{"name": "a", "rules": [{"part": "head", "method": "full"}]}, {"rules": [HEAD]}]}
+    error = refused('no entry "2"', lambda: with_values(tree, ["stages.2.learning_rate=1"]))
+    assert error.expected == "a number: 0 (a), 1 (full)"
+    error = refused('no entry "1"', lambda: with_values(tree, ["stages.0.rules.1.r=1"]))
+    assert error.expected == "a number: 0 (head: full)"
+
+
+@pytest.mark.parametrize(("key", "guess"), [("trian", "train"), ("colums", "columns"), ("maximise", "maximize")])
+def test_a_misspelt_key_that_python_takes_flat(key: str, guess: str) -> None:
+    refused(f"unknown key {key}, did you mean {guess}", lambda: Recipe.make(LEAST, **{key: "x"}))
 
 
 def test_set_with_several_strategies_asks_which() -> None:

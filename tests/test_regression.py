@@ -121,6 +121,14 @@ def test_several_numbers_a_row(base: Path, tmp_path: Path) -> None:
     found = tune(base, tmp_path / "run", train=two(priced(60, 0)), test=two(priced(20, 1)), num_train_epochs=1)
     assert np.shape([one["value"] for one in found.predict(["a good b", "bad"])]) == (2, 2)
     assert set(found.evaluation["metrics"]) == {"mse", "mae", "pearson", "spearman"}
+    lines = [json.loads(line) for line in (found.folder / "predictions.jsonl").read_text().splitlines()]
+    gold, value = (np.array([line[key] for line in lines]) for key in ("gold", "value"))
+    assert [one["number"] for one in found.evaluation["per_number"]] == [1, 2]
+    for at, one in enumerate(found.evaluation["per_number"]):
+        assert one["mae"] == pytest.approx(np.abs(gold - value)[:, at].mean(), rel=1e-4)
+        assert one["pearson"] == pytest.approx(np.corrcoef(gold[:, at], value[:, at])[0, 1], abs=1e-4)
+    assert found.evaluate(two(priced(20, 1)))["per_number"] == found.evaluation["per_number"]
+    assert "By number" in (found.folder / "report.html").read_text()
 
 
 def test_labels_that_are_no_numbers_are_refused(base: Path, tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import peft
 import pytest
+import texts
 import tiny
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from test_checkpoint import HEAD, LORA, TASK, tune
 
-from hybridtune import checkpoint, export, start
+from hybridtune import api, checkpoint, export, start
 from hybridtune import model as models
+from hybridtune.console import Console
 from hybridtune.errors import ModelError
 from hybridtune.recipe import Stage, Strategy, Training
 from hybridtune.resolve import resolve
@@ -307,3 +310,37 @@ def test_a_delta_is_gone_on_with_and_other_labels_get_a_new_head(labels: list[st
     checkpoint.write(tmp_path / "again", begun.assembly, begun.base)
     reloaded, _, _ = checkpoint.load(tmp_path / "again")
     assert torch.equal(tiny.logits(reloaded.model), tiny.logits(begun.loaded.model))
+
+
+def words(count: int) -> list[dict[str, Any]]:
+    return [{"tokens": ["a", "good", letter], "tags": ["O", "B-X", "O"]} for letter in "bcdefghijklmnopqrst"[:count]]
+
+
+@pytest.mark.parametrize("kind", ["delta", "adapter", "checkpoint"])
+def test_a_run_of_another_task(kind: str, base: Path, tmp_path: Path) -> None:
+    method = {"delta": "adapter", "adapter": "lora", "checkpoint": "full"}[kind]
+    quiet = {"console": Console(quiet=True), "baselines": False, "num_train_epochs": 1}
+    run = api.tune(
+        **quiet,
+        model=str(base),
+        task="classification",
+        strategy=[{"rules": [{"part": "layers", "method": method}]}],
+        output=str(tmp_path / "a"),
+        **texts.splits(16, 8, 8),
+    )
+    run.export(tmp_path / "out", kind)
+    rows = {"train": words(12), "validation": words(15)[12:], "test": words(19)[15:]}
+    asked = {"model": str(tmp_path / "out"), "task": "tagging", "strategy": "head", "output": str(tmp_path / "b")}
+    asked |= rows
+    if kind == "checkpoint":  # what the mend says: its layers are any task's
+        there = api.tune(**quiet, **asked)
+        tuned = load_file(tmp_path / "out" / "model.safetensors")
+        name = next(name for name in tuned if name.endswith("layer.2.output.dense.weight"))
+        assert torch.equal(there.model.state_dict()[name], tuned[name])
+        return
+    with pytest.raises(ModelError, match="was tuned for another task") as raised:
+        api.tune(**quiet, **asked)
+    assert "--kind checkpoint" in str(raised.value.mend) and str(base) in str(raised.value.mend)
+    if kind == "adapter":  # the labels' names stand beside it
+        told = hf.AutoConfig.from_pretrained(tmp_path / "out")
+        assert told.id2label == {0: "ham", 1: "spam"}

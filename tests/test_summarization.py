@@ -85,7 +85,7 @@ def test_words_of_all_scripts_are_counted(summary: str, script: str) -> None:
 def test_leads() -> None:
     document = "The bridge is closed. A storm was there! Is it open? No one knows. Perhaps in spring."
     test = table([["The bridge is closed."], ["A storm was there!"]], document)
-    found = {name: stats for name, _, stats in Task(script="latin").baselines(test, test, None)}
+    found = {name: stats for name, _, stats, _ in Task(script="latin").baselines(test, test, None)}
     assert found["lead-1"]["rouge1"].tolist() == [1.0, pytest.approx(0.0)]
     assert found["lead-1"]["exact"].tolist() == [True, False]
     assert found["lead-3"]["characters"].tolist() == [len("The bridge is closed. A storm was there! Is it open?")] * 2

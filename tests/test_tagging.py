@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 from seqeval import metrics as seqeval
@@ -15,6 +16,7 @@ from sklearn import metrics as sklearn_metrics
 import hybridtune
 from hybridtune import api, predict, tasks
 from hybridtune.console import Console
+from hybridtune.data.reading import read
 from hybridtune.errors import DataError
 from hybridtune.model import load_tokenizer
 from hybridtune.tasks.tagging import Task, entities, word_places
@@ -122,7 +124,10 @@ def test_spans_become_tags_and_predictions_point_into_the_text(minilm: Any) -> N
     }
     task = Task()
     task.look_at(["text", "spans"])
-    checked, _ = task.check(rows, {"train": "rows"})
+    checked, found = task.check(rows, {"train": "rows"})
+    (widened,) = (finding for finding in found if finding.kind == "span_widened")
+    assert (widened.level, widened.count) == ("warning", 1)
+    assert widened.examples == [{"row": 1, "text": text, "span": "Lake Ur", "suggestion": "Lake Ursa"}]
     assert checked["train"]["tags"][0] == ["O", "B-PER", "I-PER", "O", "B-LOC", "I-LOC", "O"]
     assert task.inputs == ("text",)
     items = task.encode(checked["train"], minilm, 64)
@@ -149,6 +154,34 @@ def test_a_span_outside_of_its_text_is_refused(span: dict[str, Any]) -> None:
         task.check(
             {"train": Dataset.from_list([{"text": "Anna ran", "spans": [span], "_row": 7}])}, {"train": "a.jsonl"}
         )
+
+
+SPANS = [(0, 4, "PER"), (16, 20, "LOC")]
+WRITTEN = {
+    "triples": {"spans": [list(span) for span in SPANS]},
+    "tuples": {"spans": SPANS},
+    "triples under entities": {"entities": [list(span) for span in SPANS]},
+    "spaCy's annotations": {"annotations": {"entities": [list(span) for span in SPANS]}},
+    "mappings": {"entities": [dict(zip(("start", "end", "label"), span, strict=True)) for span in SPANS]},
+    "JSON in a cell": {"spans": json.dumps(SPANS)},
+    "Python in a cell": {"spans": str(SPANS)},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", None])
+def test_spans_are_read_however_they_are_written(tmp_path: Path, name: str, suffix: str | None) -> None:
+    rows = [{"text": "Anna ran across Rome.", **WRITTEN[name]}] * 2
+    if suffix == ".jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix:
+        pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    table = read.read(str(tmp_path / f"a{suffix}") if suffix else rows, "train")
+    task = Task()
+    task.look_at(table.column_names)
+    checked, found = task.check({"train": read.map_columns(table, "train", "a", task.columns, {}, task.required)}, {})
+    assert checked["train"]["tags"][:] == [["B-PER", "O", "O", "B-LOC", "O"]]  # the second row is a duplicate
+    assert "span_widened" not in {finding.kind for finding in found}
 
 
 UNITS = {"good": ["B-PER"], "good new": ["B-PER", "I-PER"], "bad": ["B-LOC"], **{letter: ["O"] for letter in "abcdef"}}

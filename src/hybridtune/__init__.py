@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "tune": "api",
     "load": "api",
+    "check": "api",
+    "compare": "api",
     "Run": "api",
     "Recipe": "recipe",
     "Stage": "recipe",
@@ -29,6 +31,8 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .api import Run as Run
+    from .api import check as check
+    from .api import compare as compare
     from .api import load as load
     from .api import tune as tune
     from .drop_in import AutoModelForSequenceClassification as AutoModelForSequenceClassification

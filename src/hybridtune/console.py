@@ -102,6 +102,22 @@ def seconds(number: float) -> str:
     return f"{number:.1f} s" if number < 100 else f"{int(number // 60)} min {int(number % 60):02d} s"
 
 
-def interval(metric: dict[str, float]) -> str:
+def number(value: float, digits: int = 3, sign: str = "") -> str:
+    """A score or an error: 0.912; 1,235; 1.515e+12. More digits of a large number say nothing, and fill the line.
+
+    Args:
+        value: the number.
+        digits: behind the point, where it is not large.
+        sign: "+" where positive ones are to have one too.
+    """
+    if abs(value) >= 1e7:
+        return f"{value:{sign}.4g}"
+    return (
+        f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+    )  # no -0.000
+
+
+def interval(metric: dict[str, float], digits: int = 3, sign: str = "") -> str:
     """0.912 [0.880, 0.938]."""
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+    value, low, high = (number(metric[key], digits, sign) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

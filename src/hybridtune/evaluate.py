@@ -11,13 +11,14 @@ from typing import Any
 from datasets import Dataset
 
 from . import answer, checkpoint, predict
+from . import console as consoles
 from . import model as models
-from .errors import RunError
+from .errors import RecipeError, RunError
 from .files import read_json, write_text
 from .own_metrics import OwnMetrics
 from .select import Decision
-from .tasks import Stats, Task
-from .tasks.metrics import mean_and_spread
+from .tasks import Baseline, Stats, Task
+from .tasks.metrics import SENTENCES, mean_and_spread
 from .trial import FEW_VALIDATION_ROWS, Setting, Trial
 
 
@@ -43,7 +44,9 @@ def score(predictor: predict.Predictor, rows: Dataset, own: OwnMetrics | None = 
     logits = predictor.logits(items)
     stats = task.row_stats(logits, items, rows)
     predictions = task.decode(logits, items, rows)
-    found = task.intervals(stats) | (own.intervals(task, predictions, rows) if own else {})
+    found = task.intervals(stats) | (
+        own.intervals(rows[task.target][:], [one[task.answer] for one in predictions]) if own else {}
+    )
     return Scores(stats, {name: interval.as_dict() for name, interval in found.items()}, predictions)
 
 
@@ -68,7 +71,7 @@ def evaluate(
         key = trial.folder
         scores[key], fitted[key] = score(predictor, test, setting.own_metrics), predictor.task
     best, task = scores[decision.trial.folder], fitted[decision.trial.folder]
-    baselines = _baselines(setting, train, test) if with_baselines else []
+    baselines, failed = _baselines(setting, train, test) if with_baselines else ([], [])
     candidates = []
     for candidate in decision.candidates:
         shown = candidate.best(decision.metric, decision.direction)
@@ -93,6 +96,7 @@ def evaluate(
                 "spread": {decision.metric: told["std"]} if told else {},
             }
         )
+    notes, missed = verdicts(task, best.metrics)
     evaluation = {
         "metrics": best.metrics,
         "rows": len(test),
@@ -101,13 +105,28 @@ def evaluate(
         "candidates": candidates,
         "baselines": baselines,
         **task.errors(best.stats, test, best.predictions),
+        "notes": notes,
         "warnings": [
-            *sorted({interval["warning"] for interval in best.metrics.values() if "warning" in interval}),
+            *missed,
+            *doubts_of(best.metrics),
             *_doubts(setting, decision, best.metrics, baselines),
+            *failed,
             *task.doubts,
         ],
     }
     return evaluation, best, task
+
+
+def doubts_of(metrics: dict[str, Any]) -> list[str]:
+    """What is said of intervals that cannot be relied on, each sentence once: several metrics may share one."""
+    told = (interval["warning"] for interval in metrics.values() if "warning" in interval)
+    return sorted({sentence for warning in told for sentence in warning.split(SENTENCES)})
+
+
+def verdicts(task: Task, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What was asked for beside the goal: what is kept on the rows of these metrics, and what is missed."""
+    found = task.kept(metrics)
+    return [text for text, fine in found if fine], [text for text, fine in found if not fine]
 
 
 def fit(predictor: predict.Predictor, setting: Setting) -> predict.Predictor:
@@ -130,7 +149,7 @@ def _doubts(
         if sign * own <= sign * other:
             yield (
                 f"{decision.chosen.strategy} does not beat the best baseline on the test rows: "
-                f"{metric} {own:.3f}, {best['name']} {other:.3f}"
+                f"{metric} {consoles.number(own)}, {best['name']} {consoles.number(other)}"
             )
     if len(setting.validation_rows) < FEW_VALIDATION_ROWS and not setting.folds:
         yield (
@@ -164,17 +183,22 @@ def _predictor(setting: Setting, trial: Trial) -> predict.Predictor:
     return predictor.to(models.pick_device(setting.recipe.device))
 
 
-def _baselines(setting: Setting, train: Dataset, test: Dataset) -> list[dict[str, Any]]:
+def _baselines(setting: Setting, train: Dataset, test: Dataset) -> tuple[list[dict[str, Any]], list[str]]:
+    """What evaluation.json says of the baselines, and what could not be measured of them."""
     task: Task = setting.task
-    found = task.baselines(train, test, _frozen(setting, train, test) if task.pooled else None)
-    return [
-        {
-            "name": name,
-            "detail": detail,
-            "metrics": {metric: i.as_dict() for metric, i in task.intervals(stats).items()},
-        }
-        for name, detail, stats in found
-    ]
+    gold = test[task.target][:]
+    made, failed = [], []
+    for one in task.baselines(train, test, _frozen(setting, train, test) if task.pooled else None):
+        baseline = Baseline(*one)
+        found = task.intervals(baseline.stats)
+        if baseline.answers is not None:
+            try:
+                found |= setting.own_metrics.intervals(gold, baseline.answers)
+            except RecipeError as error:  # it may never say what a metric divides by; the run is not lost for it
+                failed.append(f"baseline {baseline.name}: {error.problem}: {error.found}")
+        metrics = {name: interval.as_dict() for name, interval in found.items()}
+        made.append({"name": baseline.name, "detail": baseline.detail, "metrics": metrics})
+    return made, failed
 
 
 def _frozen(setting: Setting, *tables: Dataset) -> Any:

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from safetensors.torch import save_file
 
-from . import __version__, checkpoint, methods, predict, tasks
+from . import __version__, checkpoint, methods, own_file, predict, tasks
 from .checkpoint import ABOUT, BASE, Base
 from .compose import Assembly, Attachment
 from .errors import RunError
 from .files import new_folder, write_json, write_text
 from .methods._peft import name_in_file
-from .model import PACKAGED, Loaded, fingerprint
+from .model import PACKAGED, Loaded, fingerprint, quiet
 from .tasks import Task
 
 Kind = Literal["checkpoint", "adapter", "delta"]
@@ -42,7 +42,7 @@ _KEPT_BY_PEFT = {
 def kinds(assembly: Assembly) -> list[Kind]:
     """The kinds that this model can be handed over as, the best first."""
     found: list[Kind] = ["delta"] if assembly.unmergeable() else ["checkpoint", "delta"]
-    if _is_peft(assembly):
+    if _no_adapter(assembly) is None:
         found.insert(len(found) if _changed_body(assembly) else 0, "adapter")
     return found
 
@@ -63,9 +63,14 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
         RunError: the model cannot be handed over as that kind.
     """
     loaded, assembly, manifest = checkpoint.load(stage)
+    checkpoint.require(stage / checkpoint.MANIFEST, manifest, ("task", "max_length", "strategy", "stage"))
     possible = kinds(assembly)
     if kind is not None and kind not in possible:
-        raise RunError(f"kind {kind}: this model cannot be handed over so", expected=" or ".join(possible))
+        raise RunError(
+            f"kind {kind}: this model cannot be handed over so",
+            found=_no_adapter(assembly) if kind == "adapter" else _said(assembly.unmergeable()),
+            expected=" or ".join(possible),
+        )
     kind = kind or possible[0]
     base = Base(**manifest["base"])
     task = task or tasks.from_state(manifest["task"])
@@ -79,9 +84,11 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
             if _changed_body(assembly):
                 base = _write_base(home / BASE, loaded, assembly, base)
             _write_peft(home, assembly, base, folder)
+            loaded.model.config.save_pretrained(home)  # the names of the labels, which no adapter holds
         else:
             assembly.merge()
-            loaded.model.save_pretrained(home)
+            with quiet():
+                loaded.model.save_pretrained(home)
         loaded.tokenizer.save_pretrained(home)
         if task.writes:  # a checkpoint has it already
             loaded.model.generation_config.save_pretrained(home)
@@ -91,6 +98,7 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
             "base": vars(base),
             "task": task.state(),
             "max_length": manifest["max_length"],
+            "sha256": checkpoint.hashes(home),
         }
         write_json(home / ABOUT, about)
         snippet = _snippet(kind, base, task)
@@ -120,15 +128,27 @@ def difference(stage: Path, folder: Path, texts: list[Any]) -> float:
     return other.task.difference(ours, theirs)
 
 
-def _is_peft(assembly: Assembly) -> bool:
-    """Whether one configuration of PEFT's can say all that was added."""
-    used = {attachment.method for attachment in assembly.attachments}
-    if len(used) != 1 or methods.load(used.pop()).config is None:
-        return False
+def _no_adapter(assembly: Assembly) -> str | None:
+    """Why one configuration of PEFT's cannot say all that was added, or None where it can."""
+    used = sorted({own_file.shown(attachment.method) for attachment in assembly.attachments})
+    if not used:
+        return "nothing sits on the model: weights of its own were trained, or what was added is merged into them"
+    if len(used) > 1:
+        return f"{', '.join(used)} sit on it together, an adapter of PEFT's is of one method"
+    if methods.load(assembly.attachments[0].method).config is None:
+        return f"{used[0]} sits on it, which is no method of PEFT's"
     kept = tuple(f"{name}." for name in _kept_whole(assembly))
+    inside = next((name for name in assembly.added if name.startswith(kept)), None)
+    if inside is not None:
+        return f"{used[0]} sits on a module that PEFT keeps whole: {inside}"
     free = {*_PATTERNED, *_OF_TRAINING}
     shared = [{k: v for k, v in item.options.items() if k not in free} for item in assembly.attachments]
-    return not any(name.startswith(kept) for name in assembly.added) and all(options == shared[0] for options in shared)
+    odd = sorted({key for options in shared for key in options if options[key] != shared[0][key]})
+    return f"rules of {used[0]} differ in {', '.join(odd)}" if odd else None
+
+
+def _said(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _changed_body(assembly: Assembly) -> bool:
@@ -143,7 +163,8 @@ def _write_base(folder: Path, loaded: Loaded, assembly: Assembly, base: Base) ->
     plain = copy.deepcopy(assembly)
     for attachment in plain.attachments:
         methods.load(attachment.method).detach(plain.model, list(attachment.parameters))
-    plain.model.save_pretrained(folder)  # type: ignore[operator]
+    with quiet():
+        plain.model.save_pretrained(folder)  # type: ignore[operator]
     loaded.tokenizer.save_pretrained(folder)
     return replace(base, name=BASE, revision=None, fingerprint=fingerprint(plain.model))
 
@@ -218,10 +239,10 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
     if kind == "adapter":
         name = f"FOLDER/{BASE}" if base.name == BASE else _known_as(base)
         # In float32, as it was tuned: transformers would take a base of half precision as it is.
-        labels = f"num_labels={base.config['num_labels']}, " if "num_labels" in base.config else ""
-        keys = f'{labels}dtype="float32", ignore_mismatched_sizes=True'
+        keys = 'config=config, dtype="float32", ignore_mismatched_sizes=True'
         return (
-            f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {base.auto_class}\n\n"
+            f"from peft import PeftModel\nfrom transformers import AutoConfig, AutoTokenizer, {base.auto_class}\n\n"
+            'config = AutoConfig.from_pretrained("FOLDER")\n'
             f'base = {base.auto_class}.from_pretrained("{name}", {keys})\n'
             'model = PeftModel.from_pretrained(base, "FOLDER").eval()\n'
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'

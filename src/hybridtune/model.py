@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,6 +113,14 @@ def load(
         raise _not_found(name, source, error) from None
     except OSError as error:
         raise _not_found(name, source, error) from None
+    except (SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ModelError(
+            f"model {name}: its weights cannot be read: a file is truncated or altered",
+            found=first_line(error),
+            mend=f"copy or download {source} again",
+        ) from None
     return Loaded(model.eval(), tokenizer, source, new_in(info), auto_class)
 
 
@@ -229,14 +240,17 @@ def pick_device(asked: str) -> torch.device:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers' report of missing weights and its progress bar: `Loaded.new` says the same."""
+    """Without transformers' report of missing weights, which `Loaded.new` says too, its progress bars, and what it has
+    to say of PEFT's code. Afterwards all is as the user has it."""
     from transformers.utils import logging
 
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(before)
         if bar:

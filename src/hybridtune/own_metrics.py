@@ -81,11 +81,10 @@ class OwnMetrics:
         gold, predicted = rows[task.target][:], [one[task.answer] for one in predictions]
         return {name: self._call(name, gold, predicted) for name in self.functions}
 
-    def intervals(self, task: Task, predictions: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, Interval]:
-        """The metrics with 95% intervals, by bootstrap over the rows."""
+    def intervals(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, Interval]:
+        """The metrics of these answers with 95% intervals, by bootstrap over the rows."""
         if not self.functions:
             return {}
-        gold, predicted = rows[task.target][:], [one[task.answer] for one in predictions]
 
         def of_rows(stats: dict[str, np.ndarray]) -> dict[str, float]:
             some = stats["row"].tolist()

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import answer, checkpoint, tasks
 from . import model as models
 from .checkpoint import ABOUT, Base
-from .data.checking.rows import row_numbers
+from .data.checking.rows import place, row_numbers
 from .data.reading import read as reading
 from .errors import DataError, RunError
-from .files import read_json
 from .tasks import Task
 
 SHOWN_ROWS = 10
@@ -48,6 +47,7 @@ class Predictor:
         rows: Iterable[Any] | Dataset | pd.DataFrame,
         columns: dict[str, str] | None = None,
         warn: Callable[[str], Any] = warnings.warn,
+        source: str = "the rows",
     ) -> list[dict[str, Any]]:
         """Predicts rows given as dicts of the task's columns, or as bare strings where one text is all.
 
@@ -55,6 +55,7 @@ class Predictor:
             rows: a list of them, a `datasets.Dataset` or a pandas frame.
             columns: what the columns are called, where they are not called as in training.
             warn: is told of rows without any text, for which a prediction means nothing.
+            source: what the rows are called in messages; the file that they were read from.
 
         Raises:
             DataError: a row lacks a column.
@@ -64,12 +65,14 @@ class Predictor:
         table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self.task.rows_from(list(rows))
         if len(table) == 0:
             return []
-        texts = self.texts(table, columns)
-        numbers = row_numbers(table) if isinstance(table, Dataset) else range(1, len(texts) + 1)
-        empty = [number for number, *row in zip(numbers, *texts[:].values(), strict=True) if not any(map(_says, row))]
+        texts = self.texts(table, columns, source)
+        inputs = texts.select_columns(list(self.task.inputs))
+        numbers = row_numbers(texts).tolist()
+        empty = [number for number, *row in zip(numbers, *inputs[:].values(), strict=True) if not any(map(_says, row))]
         if empty:
-            shown = ", ".join(map(str, empty[:SHOWN_ROWS])) + (", ..." if len(empty) > SHOWN_ROWS else "")
-            warn(f"{len(empty)} of {len(texts)} rows are empty, their predictions mean nothing: row {shown}")
+            shown = ", ".join(map(str, empty[1:SHOWN_ROWS])) + (", ..." if len(empty) > SHOWN_ROWS else "")
+            first = place(source, empty[0]).removeprefix("the rows, ") + (", " if len(empty) > 1 else "")
+            warn(f"{len(empty)} of {len(texts)} rows are empty, their predictions mean nothing: {first}{shown}")
         items = self.task.encode(texts, self.tokenizer, self.limit)
         return self.task.decode(self.logits(items), items, texts)
 
@@ -81,20 +84,26 @@ class Predictor:
         """Token ids of rows that need no labels."""
         return self.task.encode(self.texts(rows, columns), self.tokenizer, self.limit)
 
-    def texts(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
-        """What the model reads of rows, which need no labels; columns may have any name that training data may have."""
-        table, inputs = self.task.unpack(reading.read(rows, "input")), list(self.task.inputs)
+    def texts(self, rows: reading.Source, columns: dict[str, str] | None = None, source: str = "the rows") -> Dataset:
+        """What the model reads of rows, which need no labels; columns may have any name that training data may have.
+
+        Returns:
+            The task's input columns, and `_row`.
+        """
+        there = isinstance(rows, Dataset) and reading.ROW in rows.column_names
+        table = self.task.unpack(rows if there else reading.read(rows, "input"))
+        inputs = list(self.task.inputs)
         required, possible = self.task.asked([*table.column_names, *(columns or {})], labelled=False)
         wanted = {name: self.task.columns[name] for name in possible}
         own = {name: column for name, column in self.task.hints.items() if column in table.column_names}
         hints = {name: column for name, column in {**own, **(columns or {})}.items() if name in wanted}
-        table = reading.map_columns(table, "input", "the rows", wanted, hints, required, in_recipe=False)
-        table = self.task.gather(table).select_columns(inputs)
+        table = reading.map_columns(table, "input", source, wanted, hints, required, in_recipe=False)
+        table = self.task.gather(table).select_columns([*inputs, reading.ROW])
         for name in inputs:
-            for at, value in enumerate(table[name][:]):
+            for number, value in zip(table[reading.ROW][:], table[name][:], strict=True):
                 problem = self.task.problem(name, value)
                 if problem:
-                    raise DataError(f"row {at + 1}: {name} {problem}")
+                    raise DataError(f"{place(source, number)}: {name} {problem}")
         return table
 
     def to(self, device: torch.device | str) -> Predictor:
@@ -141,7 +150,7 @@ def load(folder: Path, device: str = "auto") -> Predictor:
             expected=f"a folder with model/{ABOUT} or {ABOUT} in it",
             mend="finish it with --resume" if unfinished else None,
         )
-    task, base, limit = read_about(home)
+    task, base, limit = read_about(home, files=True)
     if (home / checkpoint.MANIFEST).is_file():
         model: PreTrainedModel = checkpoint.load(home)[0].model
     elif (home / "adapter_config.json").is_file():
@@ -153,13 +162,17 @@ def load(folder: Path, device: str = "auto") -> Predictor:
     return Predictor(model, tokenizer, task, limit).to(models.pick_device(device))
 
 
-def read_about(home: Path) -> tuple[Task, Base, int]:
+def read_about(home: Path, files: bool = False) -> tuple[Task, Base, int]:
     """What a model that was handed over says of itself: its task, its base, and after how many tokens rows are cut.
 
+    Args:
+        home: its folder.
+        files: whether its files of tensors are looked at too.
+
     Raises:
-        RunError: the file is missing or damaged.
+        RunError: a file is missing or damaged.
     """
-    told = read_json(home / ABOUT)
+    told = checkpoint.read_about(home, files)
     try:
         return tasks.from_state(told["task"]), Base(**told["base"]), int(told["max_length"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -177,4 +190,5 @@ def _with_peft(home: Path, base: Base) -> PreTrainedModel:
     base = base.beside(home)
     loaded = checkpoint.load_base(base, tokenizer_from=str(home))
     checkpoint.check_fingerprint(loaded, base, home)
-    return PeftModel.from_pretrained(loaded.model, str(home))  # type: ignore[return-value]
+    with models.quiet():
+        return PeftModel.from_pretrained(loaded.model, str(home))  # type: ignore[return-value]

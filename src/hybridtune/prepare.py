@@ -16,9 +16,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from . import console as consoles
 from . import model as models
-from . import survey, trial
+from . import own_file, survey, trial
 from .console import Console
 from .data import split
+from .data.bars import no_bars
 from .data.checking import check
 from .data.checking.rows import as_text, batches
 from .data.doubts.tokens import token_summary, unknown_characters
@@ -145,10 +146,8 @@ def _read(
         table = task.unpack(read.read(source, name, max_rows=recipe.max_rows, notes=notes))
         if rejected := notes.rejected[before:]:
             first = f"{rejected[0]['source']}:{rejected[0]['line']}: {rejected[0]['problem']}"
-            notes.warn(
-                f"{name}: {len(rejected)} rows cannot be read and are left out, the first {first}; "
-                "all of them stand in rejected.jsonl"
-            )
+            where = f"; all of them stand in {notes.kept_in}" if notes.kept_in else ""
+            notes.warn(f"{name}: {len(rejected)} rows cannot be read and are left out, the first {first}{where}")
         hints = recipe.data.columns
         task.look_at([column for column in table.column_names if column != read.ROW])
         required, _ = task.asked([*table.column_names, *hints], labelled=True)
@@ -326,7 +325,8 @@ def _folds(
 ) -> list[tuple[Dataset, Dataset, Dataset]]:
     """For each fold the items to train on, those to validate on, and the rows of the latter."""
     assert recipe.data.folds is not None
-    every = concatenate_datasets([rows["train"], rows["validation"]])
+    with no_bars():
+        every = concatenate_datasets([rows["train"], rows["validation"]])
     alike = _alike(task, every, task.strata(every))
     parts = split.k_folds(every, recipe.data.folds, recipe.all_seeds()[0], **alike)
     encode = partial(task.encode, tokenizer=loaded.tokenizer, limit=limit)
@@ -446,7 +446,7 @@ def _say_rule(rule: Rule, defaults: set[str]) -> str:
     filled = ", ".join(
         f"{key} {_short(value)}" for key, value in values.items() if key in defaults and value is not None
     )
-    said = f"{rule.part}: {rule.method}" + (f"({given})" if given else "")
+    said = f"{rule.part}: {own_file.shown(rule.method)}" + (f"({given})" if given else "")
     if rule.active:
         said += f", active {', '.join(f'{key} {_short(value)}' for key, value in rule.active)}"
     return said + (f", defaults: {filled}" if filled else "")

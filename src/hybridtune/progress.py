@@ -39,7 +39,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         metrics = metrics or {}
         if state.is_world_process_zero and self.training:
             shown = dict.fromkeys((str(args.metric_for_best_model), "loss"))
-            values = "  ".join(f"{key} {metrics.get('eval_' + key, float('nan')):.4f}" for key in shown)
+            values = "  ".join(f"{key} {consoles.number(metrics.get('eval_' + key, float('nan')), 4)}" for key in shown)
             self.console.line(f"    {self.stage}  epoch {state.epoch:g}  {values}", "dim")
 
     def on_train_end(
@@ -73,8 +73,20 @@ def say_scores(evaluation: dict[str, Any], metric: str, console: Console) -> Non
     accuracy = "accuracy" if "accuracy" in evaluation["metrics"] else ""
     chosen = next(number for number, candidate in enumerate(candidates) if candidate["chosen"])
     console.table(("", f"test {metric} (95%)", accuracy, "trained", "seconds", "memory"), rows, bold=chosen)
+    say_numbers(evaluation, console)
+    for note in evaluation["notes"]:
+        console.line(f"  {note}")
     for warning in evaluation["warnings"]:
         console.warn(warning)
+
+
+def say_numbers(evaluation: dict[str, Any], console: Console) -> None:
+    """Where rows have several numbers, the scores of each."""
+    if each := evaluation.get("per_number"):
+        rows = [
+            [str(one["number"]), *(f"{value:.4g}" for key, value in one.items() if key != "number")] for one in each
+        ]
+        console.table(list(each[0]), rows)
 
 
 def say_result(run: Path, evaluation: dict[str, Any], inputs: Sequence[str], console: Console) -> None:

@@ -11,12 +11,13 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
-from . import yaml12
+from . import own_file, yaml12
 from .errors import RecipeError, nearest, nearest_file, unknown
 
 _NAME = re.compile(r"\w[\w.+ -]{0,79}")  # what stages and strategies are called, and their folders with them
@@ -64,6 +65,8 @@ class Rule(Keys):
     layerwise_lr_decay: float | None = Field(None, gt=0, le=1)
     active: Active | None = None
 
+    _find = field_validator("method")(own_file.absolute)
+
     @property
     def options(self) -> dict[str, Any]:
         """The method's own options, as written."""
@@ -71,7 +74,7 @@ class Rule(Keys):
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return f"{self.part}: {self.method}" + (f"({options})" if options else "")
+        return f"{self.part}: {own_file.shown(self.method)}" + (f"({options})" if options else "")
 
 
 class Training(Keys):
@@ -273,6 +276,13 @@ class Recipe(Training):
     defaults: list[str] = Field(default_factory=list, description="written by hybridtune; not read")
     include_texts: bool = True
 
+    _find = field_validator("task")(own_file.absolute)
+
+    @field_validator("metrics")
+    @classmethod
+    def _find_metrics(cls, files: str | list[str] | None) -> str | list[str] | None:
+        return list(map(own_file.absolute, files)) if isinstance(files, list) else files and own_file.absolute(files)
+
     @model_validator(mode="after")
     def _strategies_exist(self) -> Recipe:
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
@@ -419,13 +429,8 @@ def with_values(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise RecipeError(f'--set "{assignment}" has no value', expected="key.path=value")
-        try:
-            value = yaml12.load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(
-                f'--set "{assignment}": the value is not YAML', found=" ".join(str(error).split())
-            ) from None
         steps = path.strip().split(".")
+        value = _value(steps, text, assignment)
         if steps[0] == "stages" or (steps[0] == "strategy" and len(steps) > 1):
             steps = _open_strategy(tree, steps, assignment)
         here: Any = tree
@@ -433,6 +438,23 @@ def with_values(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             here = _descend(here, step, assignment)
         _assign(here, steps[-1], value, assignment)
     return tree
+
+
+def _value(steps: list[str], text: str, assignment: str) -> Any:
+    """A value as YAML has it. Of a key whose value is a text, what YAML would take for a mapping or cannot read is the
+    text itself: `--set template="Message: {text}"` comes without the quotes, which the shell takes off."""
+    of_text = len(steps) == 1 and steps[0] in Recipe.model_fields and _takes_text(Recipe.model_fields[steps[0]])
+    try:
+        value = yaml12.load(text)
+    except yaml.YAMLError as error:
+        if of_text:
+            return text
+        raise RecipeError(f'--set "{assignment}": the value is not YAML', found=" ".join(str(error).split())) from None
+    return text if of_text and isinstance(value, (dict, list)) else value
+
+
+def _takes_text(field: FieldInfo) -> bool:
+    return field.annotation is str or set(get_args(field.annotation)) == {str, type(None)}
 
 
 def _open_strategy(tree: dict[str, Any], steps: list[str], assignment: str) -> list[str]:
@@ -483,8 +505,18 @@ def _assign(here: Any, step: str, value: Any, assignment: str) -> None:
 
 def _index(here: list[Any], step: str, assignment: str) -> int:
     if not re.fullmatch(r"-?\d+", step) or not -len(here) <= int(step) < len(here):
-        raise RecipeError(f'--set "{assignment}": no entry "{step}"', expected=f"a number from 0 to {len(here) - 1}")
+        listed = ", ".join(f"{number} ({_entry(one)})" for number, one in enumerate(here))
+        raise RecipeError(f'--set "{assignment}": no entry "{step}"', expected=f"a number: {listed}")
     return int(step) % len(here)
+
+
+def _entry(one: Any) -> str:
+    """What a person knows an entry of a list by: a strategy, a stage, a rule, or a value."""
+    if isinstance(one, dict):
+        methods = (str(rule.get("method")) for rule in one.get("rules") or [] if isinstance(rule, dict))
+        rule = f"{one.get('part')}: {one.get('method')}" if "part" in one else "-".join(methods)
+        return str(one.get("name") or rule or "an entry without a name")
+    return str(one)
 
 
 def _are_stages(asked: Any) -> bool:
@@ -570,7 +602,8 @@ def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) 
                 mend="leave it out; max_tokens_per_micro_batch says how many tokens a micro-batch may have",
             )
         known, of_data = _known_keys(at, root), root is Recipe and path in Data.model_fields
-        guess = None if of_data else nearest(str(at[-1]), known)
+        short = [*Data.model_fields, *Goal.model_fields] if root is Recipe and len(at) == 1 else []  # of `with_keys`
+        guess = None if of_data else nearest(str(at[-1]), [*known, *short])
         return RecipeError(
             f"{where}: unknown key {path}" + (f", did you mean {guess}?" if guess else ""),
             expected=None if guess else ", ".join(known),

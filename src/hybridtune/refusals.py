@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import has_length
 
+from .engine import precision
 from .errors import RecipeError
 from .recipe import Strategy
 from .stage import CHECKPOINTING
@@ -37,6 +38,8 @@ def refuse(trainer: HybridTrainer, there: Tuned | None, strategy: Strategy) -> N
         raise RecipeError(
             "a strategy cannot be trained under FSDP or DeepSpeed yet", mend="torchrun alone (DDP), or one process"
         )
+    if trainer.args.fp16:
+        precision.refuse_fp16(trainer.args.device)
     rules = [rule for stage in strategy.stages for rule in stage.rules]
     if trainer.args.world_size > 1 and any(rule.active for rule in rules):
         raise RecipeError("active: layers cannot take turns in several processes yet", mend="one process")

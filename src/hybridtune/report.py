@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 
+from . import console, own_file
 from .errors import RunError
 from .files import write_text
 
@@ -192,7 +193,7 @@ def _curves(folder: Path, metric: str | None) -> dict[str, Any] | None:
             for kind in kinds
         }
         found = [value for series in lines.values() for points in series for _, value in points]
-        if found:
+        if len({step for series in lines.values() for points in series for step, _ in points}) > 1:  # else no curve
             panels.append({"key": key, "lines": lines, "y": Axis.over(found)})
     return {"stages": stages, "x": x, "panels": panels, "last": start}
 
@@ -285,6 +286,10 @@ def _large(entries: list[dict[str, Any]]) -> set[str]:
     return {name for name, value in values if _is_number(value) and abs(value) > 1}
 
 
+def _words(key: Any) -> str:
+    return str(key).replace("_f1", "-F1").replace("_", " ")
+
+
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("hybridtune", ""), autoescape=True, undefined=ChainableUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
@@ -294,7 +299,9 @@ def _environment() -> Environment:
         return lambda value, *more: show(value, *more) if _is_number(value) else NOTHING
 
     shows: dict[str, Callable[..., str]] = {"percent": _percent, "seconds": _seconds, "bytes": _bytes}
+    shows["score"] = console.number
     shows["number"] = lambda value, digits=3: f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
     environment.filters.update({name: or_nothing(show) for name, show in shows.items()})
-    environment.filters["words"] = lambda key: str(key).replace("_f1", "-F1").replace("_", " ")
+    environment.filters["words"] = _words
+    environment.filters["named"] = lambda name: own_file.shown(name) if own_file.is_path(str(name)) else _words(name)
     return environment

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from . import methods
+from . import methods, own_file
 from .compose import Assembly, skeleton, try_out
+from .errors import UserError
 from .recipe import Rule, Stage, Strategy, Training
 
 _Keys = TypeVar("_Keys", bound=Training)
@@ -74,9 +77,10 @@ def plan(
         stage = _resolve_stage(asked, training, stage_defaults, here, defaults)
         if number == 0 and bare.anatomy.new:
             _train_new(stage)
-        rules = [
-            _resolve_rule(rule, stage, bare, width, f"{here}.rules.{n}", defaults) for n, rule in enumerate(stage.rules)
-        ]
+        rules = []
+        for n, rule in enumerate(stage.rules):
+            with _of_rule(strategy, stage, rule):
+                rules.append(_resolve_rule(rule, stage, bare, width, f"{here}.rules.{n}", defaults))
         stages.append(stage.model_copy(update={"rules": rules}))
         try_out(bare, strategy, number, stages[-1])
         positions = max(positions, bare.positions)
@@ -93,6 +97,21 @@ def resolve(
     """The strategy and the defaults of its `plan`."""
     made = plan(strategy, training, start, width, stage_defaults)
     return made.strategy, made.defaults
+
+
+@contextmanager
+def _of_rule(strategy: Strategy, stage: Stage, rule: Rule) -> Iterator[None]:
+    """Names strategy, stage and rule in an error about a rule."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(
+            f"strategy {strategy.name}, stage {stage.name}, rule {rule.part}: {own_file.shown(rule.method)}: "
+            f"{error.problem}",
+            found=error.found,
+            expected=error.expected,
+            mend=error.mend,
+        ) from None
 
 
 def _resolve_stage(

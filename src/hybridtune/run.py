@@ -14,8 +14,10 @@ from datasets import Dataset
 
 from . import evaluate, export, predict
 from .data.reading import read
-from .errors import DataError, HybridtuneError, RunError, first_line, unknown
+from .errors import HybridtuneError, RunError, first_line, unknown
 from .files import read_json
+from .own_metrics import OwnMetrics
+from .recipe import read_recipe
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Run:
         rows: Iterable[Any],
         columns: dict[str, str] | None = None,
         warn: Callable[[str], Any] = warnings.warn,
+        source: str = "the rows",
     ) -> list[dict[str, Any]]:
         """Predicts rows: dicts of the task's columns, or bare strings where one text is all.
 
@@ -71,8 +74,51 @@ class Run:
             rows: a list of them, a `datasets.Dataset` or a pandas frame.
             columns: what the columns are called, where they are not called as in training: {"text": "message"}.
             warn: is told of rows without any text, for which a prediction means nothing.
+            source: what the rows are called in messages.
         """
-        return self.predictor.predict(rows, columns, warn)
+        return self.predictor.predict(rows, columns, warn, source)
+
+    def evaluate(self, data: Any = None, columns: dict[str, str] | None = None) -> dict[str, Any]:
+        """Scores the model on labelled rows, checked and repaired as test rows are when tuning.
+
+        Args:
+            data: anything that `data: {test: ...}` may be; without it, the run's own evaluation is given.
+            columns: what the rows' columns are called, where they are not called as in training.
+
+        Returns:
+            The rows' number, the metrics with their intervals (those of the user's own among them), where the model is
+            wrong, what the check has found, and warnings; the keys that evaluation.json has too are the same.
+
+        Raises:
+            DataError: the rows cannot be read, or have a label that the model does not know.
+            RecipeError: the file of the user's own metrics is not there any more.
+        """
+        if data is None:
+            return self.evaluation
+        task, source, notes = self.predictor.task, read.describe(data), read.Notes(may_skip=False)
+        own = OwnMetrics.load(_own_metrics(self.folder), task)
+        table = task.unpack(read.read(data, "test", notes=notes))
+        hints = {**{name: its for name, its in task.hints.items() if its in table.column_names}, **(columns or {})}
+        required, _ = task.asked([*table.column_names, *hints], labelled=True)
+        rows = task.gather(read.map_columns(table, "test", source, task.columns, hints, required, in_recipe=False))
+        rows, findings = task.recheck(rows, source)
+        scores = evaluate.score(self.predictor, rows, own)
+        kept, missed = evaluate.verdicts(task, scores.metrics)
+        doubts = evaluate.doubts_of(scores.metrics)
+        return {
+            "model": str(self.folder),
+            "data": source,
+            "rows": len(rows),
+            "metrics": scores.metrics,
+            **task.errors(scores.stats, rows, scores.predictions),
+            "findings": [finding.as_dict() for finding in findings],
+            "notes": kept,
+            "warnings": [*notes.warnings, *missed, *doubts],
+        }
+
+    def export(self, output: str | Path, kind: str | None = None) -> dict[str, Any]:
+        """Writes the model into a new folder, as `export_run` does."""
+        return export_run(self.folder, Path(output), kind)
 
     def say(self, row: Any, prediction: dict[str, Any]) -> str:
         """A row and its prediction in one line for a person."""
@@ -111,35 +157,19 @@ class Run:
 def evaluate_run(
     folder: Path, data: Any, device: str = "auto", columns: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """Scores a tuned model on labelled rows; without rows, gives the run's own evaluation.
-
-    Args:
-        folder: of the run.
-        data: anything that `data: {test: ...}` may be.
-        device: where the model is put.
-        columns: what the rows' columns are called, where they are not called as in training.
+    """As `Run.evaluate`; the model is loaded only where there are rows.
 
     Raises:
         RunError: the run is not finished.
-        DataError: the rows cannot be read, or have a label that the model does not know.
     """
-    if data is None:
-        return evaluate.read_evaluation(folder)
-    tuned = Run(folder, device)
-    task, source = tuned.predictor.task, read.describe(data)
-    table = task.unpack(read.read(data, "test"))
-    hints = {**{name: own for name, own in task.hints.items() if own in table.column_names}, **(columns or {})}
-    required, _ = task.asked([*table.column_names, *hints], labelled=True)
-    rows = read.map_columns(table, "test", source, task.columns, hints, required, in_recipe=False)
-    rows = rows.select_columns([name for name in (*task.columns, "_row") if name in rows.column_names])
-    try:
-        scores = evaluate.score(tuned.predictor, task.gather(rows))
-    except DataError as error:
-        raise DataError(
-            f"{source}: {error.problem}", found=error.found, expected=error.expected, mend=error.mend
-        ) from None
-    warnings = sorted({metric["warning"] for metric in scores.metrics.values() if "warning" in metric})
-    return {"model": str(folder), "data": source, "rows": len(rows), "metrics": scores.metrics, "warnings": warnings}
+    return evaluate.read_evaluation(folder) if data is None else Run(folder, device).evaluate(data, columns)
+
+
+def _own_metrics(folder: Path) -> str | list[str] | None:
+    """The files of the user's own metrics that a run was tuned with; its `model/` may be given too."""
+    homes = [folder, *([folder.parent] if folder.name == "model" else [])]
+    recipe = next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
+    return read_recipe(recipe).get("metrics") if recipe else None
 
 
 def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str, Any]:
@@ -170,6 +200,21 @@ def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str,
     }
 
 
-def rows_for_prediction(path: Path) -> Dataset:
-    """Rows of a file, for `Run.predict`."""
-    return read.read(path, "input")
+def with_inputs(rows: Dataset | list[Any], predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predictions, each with what its row came with under `input`; of rows of a file with `row` too, their place."""
+    if not isinstance(rows, Dataset):
+        return [{"input": row, **prediction} for row, prediction in zip(rows, predictions, strict=True)]
+    made = []
+    for row, prediction in zip(rows, predictions, strict=True):
+        number = row.pop(read.ROW)
+        made.append({"row": number, "input": row, **prediction})
+    return made
+
+
+def rows_for_prediction(path: Path, warn: Callable[[str], Any] = warnings.warn) -> Dataset:
+    """Rows of a file, for `Run.predict`; `warn` is told what had to be guessed."""
+    notes = read.Notes(may_skip=False)
+    rows = read.read(path, "input", notes=notes)
+    for text in notes.warnings:
+        warn(text)
+    return rows

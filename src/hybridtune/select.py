@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import console as consoles
 from . import trial
 from .errors import TrainingError
 from .recipe import Strategy
@@ -119,19 +120,22 @@ def decide(candidates: Sequence[Candidate], metric: str, direction: str) -> Deci
     best = ranked[0]
     taken = best.best(metric, direction)
     score = best.validation()[metric]
-    reasons = [f"{best.strategy} has the best {metric} on validation data: {score:.4f}"]
+    reasons = [f"{best.strategy} has the best {metric} on validation data: {consoles.number(score, 4)}"]
     if len(ranked) == 1:
-        reasons = [f"{best.strategy} was the only strategy asked for; {metric} on validation data: {score:.4f}"]
+        reasons = [
+            f"{best.strategy} was the only strategy asked for; {metric} on validation data: {consoles.number(score, 4)}"
+        ]
     for other in ranked[1:]:
         gap = abs(score - other.validation()[metric])
         tie = " (a tie: it trains more parameters)" if gap == 0 else ""
-        reasons.append(f"{other.strategy} is {gap:.4f} behind{tie}")
+        reasons.append(f"{other.strategy} is {consoles.number(gap, 4)} behind{tie}")
     if len(best.trials) > 1:
         spread = mean_and_spread([t.validation[metric] for t in best.trials])["std"]
         seeds, folds = len({t.seed for t in best.trials}), len({t.fold for t in best.trials})
         of = " and ".join(f"{n} {what}" for n, what in ((seeds, "seeds"), (folds, "folds")) if n > 1)
         own = f"seed {taken.seed}" + ("" if taken.fold is None else f", fold {taken.fold + 1}")
         reasons.append(
-            f"mean of {of}, standard deviation {spread:.4f}; the model is that of {own}, the best on validation data"
+            f"mean of {of}, standard deviation {consoles.number(spread, 4)}; "
+            f"the model is that of {own}, the best on validation data"
         )
     return Decision(best, taken, tuple(candidates), metric, direction, tuple(reasons))

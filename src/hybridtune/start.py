@@ -72,9 +72,9 @@ def load(
     if (folder / _PEFT).is_file():
         return _from_peft(folder, asked)
     asked = replace(asked, name=str(folder) if folder != Path(name) else name)
+    own, head = _own(folder), set[str]()
     loaded = checkpoint.load_base(asked)
     base = replace(asked, auto_class=loaded.auto_class, fingerprint=models.fingerprint(loaded.model, loaded.new))
-    own, head = _own(folder), set[str]()
     if own and _labels(own) != _labels(asked):
         loaded, head = _with_fresh_head(loaded)
     new = tuple(sorted(head.union(loaded.new)))
@@ -145,16 +145,28 @@ def _from_peft(folder: Path, asked: Base) -> Start:
 
 
 def _own(folder: Path) -> Base | None:
-    """The base of a model that a run has handed over, with the labels that it was tuned for."""
-    return Base(**read_json(folder / ABOUT)["base"]) if (folder / ABOUT).is_file() else None
+    """The base of a model that a run has handed over, with the labels that it was tuned for.
+
+    Raises:
+        RunError: one of its files is damaged.
+    """
+    return Base(**checkpoint.read_about(folder)["base"]) if (folder / ABOUT).is_file() else None
 
 
 def _load_base(told: Base, asked: Base, folder: Path) -> tuple[Loaded, Base]:
     """Loads what a delta or an adapter was trained on, for the task that is asked, and checks that it is the same.
 
     Raises:
-        ModelError: it cannot be found, or has other weights.
+        ModelError: it cannot be found, has other weights, or what was trained on it is of another task.
     """
+    if told.auto_class not in (asked.auto_class, models.DECODERS.get(asked.auto_class)):
+        raise ModelError(
+            f"model {folder}: was tuned for another task",
+            found=f"a model of the class {told.auto_class}",
+            expected=asked.auto_class,
+            mend="export it with --kind checkpoint, whose layers any task can start from, or give its base: "
+            f"model: {told.name}",
+        )
     base = replace(told, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
     tokenizer, as_told = _tokenizer(folder), replace(base, config=told.config)
     same = len(_labels(told)) == len(_labels(asked))

@@ -73,8 +73,10 @@ def choose(recipe: Recipe, device: torch.device, begun: bool | None = None) -> C
         begun: what a run that is resumed was begun in: its rest has to be computed in the same.
 
     Raises:
-        RecipeError: bf16 is asked for, and the device has none.
+        RecipeError: bf16 or fp16 is asked for, and the device has none.
     """
+    if recipe.fp16 and not recipe.bf16:
+        refuse_fp16(device)
     if (recipe.bf16 if recipe.bf16 is not None else begun) and not has_bf16(device):
         raise RecipeError(
             "bf16: true, but this device cannot compute in it",
@@ -93,6 +95,20 @@ def choose(recipe: Recipe, device: torch.device, begun: bool | None = None) -> C
         return Choice(False, True, "this device has none")
     found = probe(device)
     return Choice(found.faster, True, str(found))
+
+
+def refuse_fp16(device: torch.device) -> None:
+    """Refuses fp16 where Accelerate would quietly compute in fp32.
+
+    Raises:
+        RecipeError: the device is a CPU.
+    """
+    if device.type == "cpu":
+        raise RecipeError(
+            "fp16: true, but a CPU is not trained in it",
+            expected="a GPU",
+            mend="leave fp16 away; bf16 is used by default where it is faster",
+        )
 
 
 def say(device: torch.device) -> str:

@@ -9,8 +9,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -28,6 +27,24 @@ if TYPE_CHECKING:
     from .metrics import Interval
 
 Stats = dict[str, np.ndarray]
+
+
+class Baseline(NamedTuple):
+    """A predictor that no tuning is needed for, and what it says of test rows.
+
+    Attributes:
+        name: what it is called.
+        detail: how it was made.
+        stats: row statistics, as of `Task.row_stats`.
+        answers: for each row what a prediction's `Task.answer` would be, for metrics of the user's own.
+    """
+
+    name: str
+    detail: str
+    stats: Stats
+    answers: Sequence[Any] | None = None
+
+
 Kind = Literal["classes", "labels", "values"]
 Logits = Sequence[np.ndarray]  # an array an item
 
@@ -88,6 +105,18 @@ class Task(ABC):
     @abstractmethod
     def check(self, splits: dict[str, Dataset], sources: dict[str, str]) -> tuple[dict[str, Dataset], list[Finding]]:
         """Checks and repairs the rows, and learns from train what the task needs to know."""
+
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """Checks and repairs rows that a tuned model is to be scored on, as `check` does with those of test.
+
+        Args:
+            rows: with the task's columns.
+            source: what `describe` returned, for messages.
+
+        Returns:
+            The rows, none of them left out, and what was found. They are as they came where a task does not say how.
+        """
+        return rows, []
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -197,8 +226,8 @@ class Task(ABC):
     @abstractmethod
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
-        """Name, how it was made, and row statistics on test, of each baseline.
+    ) -> Sequence[Baseline | tuple[str, str, Stats]]:
+        """What a tuned model has to beat.
 
         Args:
             train: rows to learn from.
@@ -226,6 +255,14 @@ class Task(ABC):
     @abstractmethod
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What evaluation.json says of where the model is wrong."""
+
+    def kept(self, metrics: dict[str, Any]) -> list[tuple[str, bool]]:
+        """What was asked for beside the goal: in a sentence each how rows stand to it, and whether they keep it.
+
+        Args:
+            metrics: of these rows, as evaluation.json has them.
+        """
+        return []
 
     @property
     def doubts(self) -> list[str]:
@@ -338,9 +375,7 @@ def load(name: str) -> type[Task]:
                 f"task: {name}: its Task lacks {', '.join(lacks)}",
                 mend="the contract stands in hybridtune/tasks/__init__.py; the class may inherit from another task's",
             )
-        own: type[Task] = type(
-            made.__name__, (made,), {"name": str(Path(name).resolve()), "__module__": made.__module__}
-        )
+        own: type[Task] = type(made.__name__, (made,), {"name": own_file.absolute(name), "__module__": made.__module__})
         return own
     if name not in names():
         raise RecipeError(

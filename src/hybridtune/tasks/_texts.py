@@ -93,6 +93,10 @@ class TextTask(tasks.Task):
             raise RecipeError("template: has a place for text_pair, but rows are no pairs", found=self.template)
         return splits
 
+    def of_inputs(self, rows: Dataset) -> Dataset:
+        """The rows without a second text that the model was not trained on."""
+        return rows if self.pairs or "text_pair" not in rows.column_names else rows.remove_columns("text_pair")
+
     def state(self) -> dict[str, Any]:
         """How texts are put together."""
         return {"name": self.name, "template": self.template, "pairs": self.pairs, "hints": self.hints}

@@ -11,13 +11,14 @@ from datasets import Dataset
 from ..data.checking import check
 from ..data.checking.labels import label_lists, separators_of
 from ..errors import DataError, RecipeError, unknown
-from . import Kind, Logits, Stats, baselines, metrics
+from . import Baseline, Kind, Logits, Stats, baselines, metrics
 from ._texts import TextTask, regresses
 from .metrics import Interval
 
 if TYPE_CHECKING:
     import torch
 
+    from ..data.checking.findings import Finding
     from ..recipe import Recipe
 
 
@@ -34,6 +35,7 @@ class Task(TextTask):
         abstain: {"accuracy": 0.95} or {"coverage": 0.9}: when no label is given.
         threshold: below it none is; fitted on validation rows, where `reached` of the labels above it are right.
         separators: what stands between several labels in a text.
+        renamed: other ways of writing labels that train had -> what they are called.
     """
 
     name = "classification"
@@ -58,6 +60,7 @@ class Task(TextTask):
         abstain: dict[str, float] | None = None,
         threshold: float = 0.0,
         reached: float | None = None,
+        renamed: dict[str, str] | None = None,
     ) -> None:
         super().__init__(template=template, pairs=pairs, hints=hints)
         self.labels, self.multi_label, self.separators = list(labels), multi_label, separators
@@ -65,6 +68,7 @@ class Task(TextTask):
         names = ("macro_f1", "accuracy", "micro_f1") if multi_label else ("macro_f1", "accuracy", "weighted_f1", "mcc")
         self.metrics = dict.fromkeys(names, "maximize")
         self.abstain, self.threshold, self.reached = abstain, threshold, reached
+        self.renamed = dict(renamed or {})
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Self:
@@ -93,13 +97,29 @@ class Task(TextTask):
         if self.multi_label and "label" in splits["train"].column_names:
             self.separators = separators_of(splits["train"]["label"][:])  # rows to come are cut as these are
         splits, findings = check.check_classification(
-            splits, sources=sources, multi_label=self.multi_label, separators=self.separators
+            splits,
+            sources=sources,
+            multi_label=self.multi_label,
+            separators=self.separators,
+            renamed=self.renamed,
         )
         if not self.labels:
             self.labels = check.label_names(splits["train"], self.multi_label)
         if self.class_weight:
             self.weights = self._class_weights(splits["train"])
         return splits, findings
+
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        splits, findings = check.check_classification(
+            {"test": self.of_inputs(rows)},
+            sources={"test": source},
+            multi_label=self.multi_label,
+            separators=self.separators,
+            labels=self.labels,
+            renamed=self.renamed,
+        )
+        return splits["test"], findings
 
     def _class_weights(self, train: Dataset) -> list[float]:
         """Balanced: n / (k n_c), whose mean over the training rows is one, so that the rate keeps its meaning."""
@@ -130,6 +150,7 @@ class Task(TextTask):
             "class_weight": self.class_weight,
             "weights": self.weights,
             "separators": self.separators,
+            "renamed": self.renamed,
             "abstain": self.abstain,
             "threshold": self.threshold,
             "reached": self.reached,
@@ -289,6 +310,18 @@ class Task(TextTask):
             chosen = reached[-1] if reached else max(points, key=lambda point: point["accuracy"])
         return self.from_state({**self.state(), "threshold": chosen["threshold"], "reached": chosen["accuracy"]})
 
+    def kept(self, metrics: dict[str, Any]) -> list[tuple[str, bool]]:
+        """How many rows get a label, and how many of these are right, beside what `abstain` asks for."""
+        if not self.abstain:
+            return []
+        coverage, right = metrics["coverage"]["value"], metrics["answered_accuracy"]["value"]
+        wanted, asked = next(iter(self.abstain.items()))
+        told = f"{coverage:.1%} of these rows, of which {right:.1%} are right" if coverage else "none of these rows"
+        goal = f"{asked:.4g} of the labels right" if wanted == "accuracy" else f"a label for {asked:.4g} of the rows"
+        fine = coverage > 0 and (right if wanted == "accuracy" else coverage) >= asked
+        said = f"abstain: scores from {self.threshold:.3f} on (fitted on validation rows) get a label, {told}"
+        return [(f"{said}; asked for was {goal}" + ("" if fine else ", which is missed here"), fine)]
+
     @property
     def doubts(self) -> list[str]:
         """That no threshold is as good as was asked for."""
@@ -300,12 +333,21 @@ class Task(TextTask):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """Majority class, bag of words, and a logistic regression on the frozen model's features."""
         numbers = self._multi_hot if self.multi_label else self._indices
         gold, texts = numbers(test), (self.joined(train), self.joined(test))
         made = baselines.of_texts(texts, numbers(train), features)
-        return [(name, detail, {"gold": gold, "predicted": predicted}) for name, detail, predicted in made]
+        return [
+            Baseline(name, detail, {"gold": gold, "predicted": predicted}, self._named(predicted))
+            for name, detail, predicted in made
+        ]
+
+    def _named(self, predicted: np.ndarray) -> list[Any]:
+        """Numbers of labels, or 0 and 1 for each label, as `predict` gives them."""
+        if self.multi_label:
+            return [[self.labels[at] for at in np.flatnonzero(row)] for row in predicted]
+        return [self.labels[at] for at in predicted]
 
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
         """How often each label stands in each split."""

@@ -9,11 +9,12 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.checking import check
-from . import Stats, _squad
+from . import Baseline, Stats, _squad
 from ._generation import WritingTask
 from .metrics import Interval
 
 if TYPE_CHECKING:
+    from ..data.checking.findings import Finding
     from ..recipe import Recipe
 
 CONTEXT = "{context}"
@@ -77,6 +78,13 @@ class Task(WritingTask):
         """Checks questions and answers."""
         return check.check_question_answering(splits, sources=sources, texts=self.inputs, extracted=False)
 
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        splits, findings = check.check_question_answering(
+            {"test": rows}, sources={"test": source}, texts=self.inputs, extracted=False, no_answer=True
+        )
+        return splits["test"], findings
+
     def golds(self, rows: Dataset) -> list[list[str]]:
         """The right answers; where there is none, no word is right."""
         return [golds or [""] for golds in _squad.golds_of(rows)]
@@ -125,11 +133,11 @@ class Task(WritingTask):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """The likest sentence of the context; the answer to the likest question; where there may be no answer, none."""
         golds = self.golds(test)
         made = [_squad.likest_sentence(train, test)] if self.with_context else []
         made.append(_squad.likest_question(train, test))
         if any(gold == [""] for gold in golds):
             made.append(("no answer", "to every question", [""] * len(golds)))
-        return [(name, how, self.stats(texts, test)) for name, how, texts in made]
+        return [Baseline(name, how, self.stats(texts, test), texts) for name, how, texts in made]

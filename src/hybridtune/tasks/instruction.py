@@ -166,6 +166,11 @@ class Task(WritingTask):
         splits, findings = check.check_instruction(splits, sources=sources)
         return splits, [*findings, *self.learn_script(splits["train"])]
 
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        splits, findings = check.check_instruction({"test": rows}, sources={"test": source}, known=True)
+        return splits["test"], findings
+
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Gives the tokenizer the chat template, where one is given."""
         if self.chat_template is not None:

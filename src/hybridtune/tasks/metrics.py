@@ -28,6 +28,7 @@ FEW_ROWS = 100  # below this many rows, every interval warns
 FEW_ROWS_OF_A_CLASS = 10  # below this many rows of one class, the intervals of averages over classes warn
 LEFT_OUT_SINGLY = 2000  # up to this many rows, the jackknife leaves out one row at a time
 JACKKNIFE_GROUPS = 500  # above it, one of this many random groups of rows
+SENTENCES = "; "  # between the sentences of a warning
 UNSURE = "the interval may cover less than"
 
 
@@ -334,7 +335,7 @@ def _bca(value: float, drawn: Array, without: Array, confidence: float) -> Inter
 
 
 def _join(*sentences: str | None) -> str | None:
-    return "; ".join(x for x in sentences if x) or None
+    return SENTENCES.join(x for x in sentences if x) or None
 
 
 def _rows(*several: Stats) -> int:

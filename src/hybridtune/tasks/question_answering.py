@@ -12,7 +12,7 @@ from .. import tasks
 from ..data.checking import check
 from ..data.checking.answers import answers_of
 from ..data.checking.rows import texts_of
-from . import Logits, Stats, _squad
+from . import Baseline, Logits, Stats, _squad
 from ._texts import pad_on_the_right
 from ._windows import of_rows, windows
 from .metrics import Interval
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..data.checking.findings import Finding
     from ..recipe import Recipe
 
 MAX_ANSWER = 30  # tokens
@@ -95,6 +96,12 @@ class Task(tasks.Task):
         if self.no_answer is None:
             self.no_answer = any(not golds for golds in _squad.golds_of(splits["train"]))
         return splits, findings
+
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        splits, sources = {"test": rows}, {"test": source}
+        splits, findings = check.check_question_answering(splits, sources=sources, no_answer=bool(self.no_answer))
+        return splits["test"], findings
 
     def state(self) -> dict[str, Any]:
         """How contexts are cut and answers chosen."""
@@ -270,13 +277,13 @@ class Task(tasks.Task):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """The sentence that is most like the question; where there may be no answer, never any."""
         made = [_squad.likest_sentence(train, test)]
         if self.no_answer:
             made.append(("no answer", "to every question", [""] * len(test)))
         golds = _squad.golds_of(test)
-        return [(name, how, _squad.stats(answers, golds)) for name, how, answers in made]
+        return [Baseline(name, how, _squad.stats(answers, golds), answers) for name, how, answers in made]
 
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
         """How many questions, contexts and answers each split has."""

@@ -11,12 +11,13 @@ from datasets import Dataset
 
 from ..data.checking import check
 from ..errors import DataError
-from . import Kind, Logits, Stats, baselines, metrics
+from . import Baseline, Kind, Logits, Stats, baselines, metrics
 from ._texts import TextTask, regresses
 
 if TYPE_CHECKING:
     import torch
 
+    from ..data.checking.findings import Finding
     from ..recipe import Recipe
 
 STRATA = 10  # tenths of the target: held-out parts get as much of each
@@ -77,6 +78,12 @@ class Task(TextTask):
         self.spread = [float(spread) or 1.0 for spread in targets.std(0)]
         return splits, findings
 
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        splits = {"test": self.of_inputs(rows)}
+        splits, findings = check.check_regression(splits, sources={"test": source}, width=len(self.mean))
+        return splits["test"], findings
+
     def state(self) -> dict[str, Any]:
         """Mean and spread of the targets, and how texts are put together."""
         return {**super().state(), "mean": self.mean, "spread": self.spread, "several": self.several}
@@ -135,8 +142,11 @@ class Task(TextTask):
 
     def decode(self, logits: Logits, items: Dataset, rows: Dataset) -> list[dict[str, Any]]:
         """`value`: a number, or a list of them."""
-        values = [[round(float(one), 6) for one in row] for row in self._predicted(logits)]
-        return [{"value": row if self.several else row[0]} for row in values]
+        return [{"value": value} for value in self._values(self._predicted(logits))]
+
+    def _values(self, predicted: np.ndarray) -> list[Any]:
+        values = [[round(float(one), 6) for one in row] for row in predicted]
+        return [row if self.several else row[0] for row in values]
 
     @property
     def reading(self) -> str:
@@ -169,11 +179,14 @@ class Task(TextTask):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """Mean, bag of words, and a linear regression on the frozen model's features."""
         texts = (self.joined(train), self.joined(test))
         gold, made = self.numbers(test), baselines.numbers_of_texts(texts, self.numbers(train), features)
-        return [(name, detail, {"gold": gold, "predicted": predicted}) for name, detail, predicted in made]
+        return [
+            Baseline(name, detail, {"gold": gold, "predicted": predicted}, self._values(predicted))
+            for name, detail, predicted in made
+        ]
 
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
         """Where the targets of each split lie; of several numbers a row, of each."""
@@ -187,7 +200,7 @@ class Task(TextTask):
         return {"targets": found}
 
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The rows that are predicted worst, in units of the spread, and points of a plot."""
+        """The rows that are predicted worst, in units of the spread; of several numbers a row, the scores of each."""
         away = np.abs((stats["predicted"] - stats["gold"]) / self.spread).max(1)
         texts, numbers = self.joined(rows), rows["_row"][:]
         worst = [
@@ -199,7 +212,11 @@ class Task(TextTask):
             }
             for at in np.argsort(-away, kind="stable")[:SHOWN]
         ]
-        return {"worst_rows": worst}
+        each = [
+            {"number": at + 1, **metrics.regression_metrics({name: stats[name][:, at : at + 1] for name in stats})}
+            for at in range(len(self.mean) if self.several else 0)
+        ]
+        return {**({"per_number": each} if each else {}), "worst_rows": worst}
 
 
 def _number(value: Any) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.checking import check
-from . import Stats, _rouge
+from . import Baseline, Stats, _rouge
 from ._generation import WritingTask
 from ._languages import set_languages
 from ._texts import NO_SPACES, sentences
@@ -17,6 +17,7 @@ from ._texts import NO_SPACES, sentences
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..data.checking.findings import Finding
     from ..recipe import Recipe
 
 
@@ -66,6 +67,11 @@ class Task(WritingTask):
         splits, findings = check.check_summarization(splits, sources=sources)
         return splits, [*findings, *self.learn_script(splits["train"], self.target_language)]
 
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        splits, findings = check.check_summarization({"test": rows}, sources={"test": source}, known=True)
+        return splits["test"], findings
+
     def scores(self, texts: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
         """ROUGE of each row, 0 to 1, with the reference that it is most like."""
         return _rouge.stats(texts, golds, self.script)
@@ -85,15 +91,13 @@ class Task(WritingTask):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """The first sentence of the document, and the first three."""
         documents = ["" if text is None else str(text) for text in test["document"][:]]
         space = "" if self.script in NO_SPACES else " "
 
-        def lead(count: int) -> Stats:
-            return self.stats([space.join(sentences(text)[:count]) for text in documents], test)
+        def lead(count: int, detail: str) -> Baseline:
+            texts = [space.join(sentences(text)[:count]) for text in documents]
+            return Baseline(f"lead-{count}", detail, self.stats(texts, test), texts)
 
-        return [
-            ("lead-1", "the first sentence of the document", lead(1)),
-            ("lead-3", "its first three sentences", lead(3)),
-        ]
+        return [lead(1, "the first sentence of the document"), lead(3, "its first three sentences")]

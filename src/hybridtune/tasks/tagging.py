@@ -12,9 +12,9 @@ from datasets import Dataset
 
 from .. import tasks
 from ..data.checking import check
-from ..data.checking.rows import place
-from ..errors import DataError
-from . import Logits, Stats
+from ..data.checking.findings import Finding
+from ..data.checking.spans import spans_of, tagged
+from . import Baseline, Logits, Stats
 from ._texts import pad_on_the_right, word_places
 from ._windows import of_rows, windows
 
@@ -34,8 +34,8 @@ _PREFIXED = re.compile(r"[BIESLUM]-.+$")
 class Task(tasks.Task):
     """Tagging. A word's tag is read off its first token; rows too long for the model are cut into windows.
 
-    Rows have `tokens` and `tags`, or a `text` and `spans` (`[{"start", "end", "label"}]`, in characters); a text is cut
-    into words, and spans become tags with B- and I-.
+    Rows have `tokens` and `tags`, or a `text` and `spans` (`[{"start", "end", "label"}]`, in characters, or triples of
+    the same); a text is cut into words, and spans become tags with B- and I-.
 
     Args:
         tags: in the order of the logits.
@@ -90,39 +90,24 @@ class Task(tasks.Task):
         self, splits: dict[str, Dataset], sources: dict[str, str]
     ) -> tuple[dict[str, Dataset], list[check.Finding]]:
         """Checks words and tags; learns the tags."""
+        widened = list[Finding]()
         if self.of_text:
-            splits = {name: self._tagged(rows, sources.get(name, name)) for name, rows in splits.items()}
+            for name, rows in splits.items():
+                made, found = tagged(rows, name, sources.get(name, name), word_places)
+                splits, widened = {**splits, name: made}, [*widened, *found]
         splits, findings = check.check_tagging(splits, sources=sources)
         if not self.tags:
-            found = {tag for tags in splits["train"]["tags"][:] for tag in tags}
-            self.tags = sorted(found, key=lambda tag: (tag != OUTSIDE, tag))
-        return splits, findings
+            every = {tag for tags in splits["train"]["tags"][:] for tag in tags}
+            self.tags = sorted(every, key=lambda tag: (tag != OUTSIDE, tag))
+        return splits, [*widened, *findings]
 
-    def _tagged(self, rows: Dataset, source: str) -> Dataset:
-        """Texts with spans as words with tags; a span that ends within a word takes all of it.
-
-        Raises:
-            DataError: a span that lies outside of its text, or over another.
-        """
-        tokens, tags = [], []
-        for text, spans, number in zip(rows["text"][:], rows["spans"][:], rows["_row"][:], strict=True):
-            places = word_places(text or "")
-            tokens.append([text[start:end] for start, end in places])
-            mine = [OUTSIDE] * len(places)
-            for span in spans or []:
-                inside = _words_of(span, text or "", places, place(source, number))
-                if any(mine[at] != OUTSIDE for at in inside):
-                    raise DataError(
-                        f"{place(source, number)}: two spans lie over one word",
-                        found=f"{span} on {text[places[inside[0]][0] : places[inside[-1]][1]]!r}",
-                        expected="spans apart from each other",
-                        mend="keep one of them",
-                    )
-                for at in inside:
-                    mine[at] = f"{'B' if at == inside[0] else 'I'}-{span['label']}"
-            tags.append(mine)
-        kept = rows.remove_columns([name for name in ("tokens", "tags") if name in rows.column_names])
-        return kept.add_column("tokens", tokens).add_column("tags", tags)
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        widened = list[Finding]()
+        if self.of_text:
+            rows, widened = tagged(rows, "test", source, word_places)
+        splits, findings = check.check_tagging({"test": rows}, sources={"test": source}, tags=self.tags)
+        return splits["test"], [*widened, *findings]
 
     def state(self) -> dict[str, Any]:
         """The tags, and how rows are cut."""
@@ -306,7 +291,7 @@ class Task(tasks.Task):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """The tag that each word most often has in train."""
         seen: dict[str, Counter[str]] = defaultdict(Counter)
         for tokens, tags in zip(train["tokens"][:], train["tags"][:], strict=True):
@@ -316,7 +301,7 @@ class Task(tasks.Task):
         most = {word: tags.most_common(1)[0][0] for word, tags in seen.items()}
         predicted = [[most.get(word, usual) for word in tokens] for tokens in test["tokens"][:]]
         detail = f"the tag that a word most often has in train, {usual} for other words"
-        return [("tag of the word", detail, self._stats(predicted, _gold(test)))]
+        return [Baseline("tag of the word", detail, self._stats(predicted, _gold(test)), predicted)]
 
     def profile(self, splits: dict[str, Dataset]) -> dict[str, Any]:
         """How often each kind of name (or tag) stands in each split."""
@@ -371,7 +356,8 @@ class Task(tasks.Task):
         found: list[set[str]]
         if self.of_text:
             found = [
-                {str(span.get("label")) for span in spans or [] if isinstance(span, dict)} for spans in rows["spans"][:]
+                {str(span.get("label")) for span in spans_of(spans) if isinstance(span, dict)}
+                for spans in rows["spans"][:]
             ]
         else:
             found = [{label for label, _, _ in entities(tags)} or set(tags) for tags in _gold(rows)]
@@ -388,25 +374,6 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
     read = [_LETTERS.get(tag[0], tag[0]) + tag[1:] if tag[1:2] == "-" else tag for tag in tags]
     return [(str(label), int(first), int(last)) for label, first, last in get_entities(read)]
-
-
-def _words_of(span: Any, text: str, places: Sequence[tuple[int, int]], where: str) -> list[int]:
-    """The words that a span touches.
-
-    Raises:
-        DataError: it is no span of the text.
-    """
-    known = isinstance(span, dict) and {"start", "end", "label"} <= set(span)
-    inside = (
-        [at for at, (start, end) in enumerate(places) if start < span["end"] and end > span["start"]] if known else []
-    )
-    if not inside or not 0 <= span["start"] < span["end"] <= len(text):
-        raise DataError(
-            f"{where}: a span marks nothing in its text",
-            found=f"{span}, text of {len(text)} characters",
-            expected='{"start": 0, "end": 5, "label": "PER"}, in characters, start < end',
-        )
-    return inside
 
 
 def _first_tokens(starts: np.ndarray, ends: np.ndarray, places: Sequence[tuple[int, int]]) -> list[int]:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from datasets import Dataset
 
+from ..data.bars import no_bars
 from ..data.checking import check
-from . import Stats, _bleu
+from . import Baseline, Stats, _bleu
 from ._generation import WritingTask
 from ._languages import set_languages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..data.checking.findings import Finding
     from ..recipe import Recipe
 
 NESTED = "translation"
@@ -68,8 +70,9 @@ class Task(WritingTask):
             return table
         there = [key for key in table.features[NESTED] if key not in table.column_names]
         nested = table[NESTED][:]
-        for key in there:
-            table = table.add_column(key, [(row or {}).get(key) for row in nested])
+        with no_bars():
+            for key in there:
+                table = table.add_column(key, [(row or {}).get(key) for row in nested])
         return table.remove_columns(NESTED)
 
     def check(
@@ -79,6 +82,13 @@ class Task(WritingTask):
         languages = (self.source_language, self.target_language)
         splits, findings = check.check_translation(splits, sources=sources, languages=languages)
         return splits, [*findings, *self.learn_script(splits["train"], self.target_language)]
+
+    def recheck(self, rows: Dataset, source: str) -> tuple[Dataset, list[Finding]]:
+        """As test rows are when tuning."""
+        splits, sources = {"test": rows}, {"test": source}
+        languages = (self.source_language, self.target_language)
+        splits, findings = check.check_translation(splits, sources=sources, languages=languages, known=True)
+        return splits["test"], findings
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tells model and tokenizer the languages, where they have codes of them."""
@@ -104,10 +114,10 @@ class Task(WritingTask):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """The source, untranslated."""
         texts = ["" if text is None else str(text) for text in test["source"][:]]
-        return [("copy", "the source as it is", self.stats(texts, test))]
+        return [Baseline("copy", "the source as it is", self.stats(texts, test), texts)]
 
 
 def _names(language: str | None) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from datasets import Dataset
 from ...errors import DataError, nearest
 from .findings import EXAMPLES, Finding, finding, some
 from .labelled import Labelled, open_labelled, same_label_type
-from .labels import DOUBT_SHARE, refuse_what_is_no_class, sort_labels, typos, variants, ways_of_writing
+from .labels import DOUBT_SHARE, is_number, refuse_what_is_no_class, sort_labels, typos, variants, ways_of_writing
 from .rows import as_text
 from .steps import empty_texts, missing, train_of
 from .twins import conflicts, duplicates, first_of, leaks
@@ -20,10 +21,17 @@ Splits = dict[str, Labelled]
 
 SMALL_CLASS = 8
 IMBALANCE = 10
+MANY_NUMBERS = 10  # distinct labels; of fewer, a regression would say that classes may be meant
 
 
 def check_classification(
-    splits: dict[str, Dataset], *, sources: dict[str, str], multi_label: bool, separators: str | None = None
+    splits: dict[str, Dataset],
+    *,
+    sources: dict[str, str],
+    multi_label: bool,
+    separators: str | None = None,
+    labels: Sequence[Any] = (),
+    renamed: dict[str, str] | None = None,
 ) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs labelled texts.
 
@@ -33,6 +41,8 @@ def check_classification(
         sources: for each split what `describe` returned, for messages.
         multi_label: whether a row may have several labels, or none.
         separators: what stands between labels in one text, in all splits; looked for in train where not given.
+        labels: those that are known, where there is no train.
+        renamed: label -> what it was called instead in train; is filled where train is there, and read elsewhere.
 
     Returns:
         The repaired splits (`label` is one value, or a list where `multi_label`), and what was found and done.
@@ -41,35 +51,54 @@ def check_classification(
         DataError: the data cannot be what is wanted: one class only, no classes but numbers or free text, a label that
             train does not know, a row of validation or test without a label, nothing left.
     """
-    train_of(splits)
+    if not labels:
+        train_of(splits)
     found: list[Finding] = []
-    rows, changed = same_label_type(open_labelled(splits, sources, multi_label, separators))
+    renamed = {} if renamed is None else renamed
+    rows, changed = same_label_type(open_labelled(splits, sources, multi_label, separators), labels)
     for name in sorted(changed):
-        found.append(finding("label_type", rows[name], range(len(rows[name])), "made text, as in other splits", "info"))
+        did = "taken for the model's own" if labels else "made text, as in other splits"
+        found.append(finding("label_type", rows[name], range(len(rows[name])), did, "info"))
     rows = missing(rows, {name: split.where(lambda labels: labels is None) for name, split in rows.items()}, found)
-    _refuse_swapped(rows["train"])
-    refuse_what_is_no_class(rows["train"].counts, rows["train"].source)
+    if "train" in rows:
+        _refuse_swapped(rows["train"])
+        refuse_what_is_no_class(rows["train"].counts, rows["train"].source)
     rows = empty_texts(rows, found)
-    rows = _rename(rows, variants(rows["train"].counts), "label_variant", found)
-    rows = _rename(rows, typos(rows["train"].counts), "label_typo", found)
-    _doubtful_labels(rows["train"], found)
-    rows = duplicates(rows, found)
-    conflicts(rows["train"], found)
-    known = set(rows["train"].counts)
-    rows = leaks(rows, found)
-    _refuse_one_class(rows["train"], known)
-    _refuse_unknown_labels(rows, known)
-    _class_sizes(rows, found)
-    label_type = pa.array(sort_labels(rows["train"].counts)).type
+    if "train" in rows:
+        renamed |= variants(rows["train"].counts)
+        rows = _rename(rows, rows["train"].counts, renamed, "label_variant", found)
+        spelt = typos(rows["train"].counts)
+        rows = _rename(rows, rows["train"].counts, spelt, "label_typo", found)
+        renamed |= spelt
+        rows = _compared(rows, found)
+        labels = sort_labels(rows["train"].counts)
+    else:
+        known = Counter(labels)
+        rows = _rename(rows, known, renamed, "label_variant", found)
+        _refuse_unknown_labels(rows, labels)
+    label_type = pa.array(labels).type
     made = {
         name: split.to_dataset({**split.plain_texts(), **split.written(label_type)}) for name, split in rows.items()
     }
     return made, found
 
 
-def _rename(splits: Splits, renames: dict[Any, Any], kind: str, found: list[Finding]) -> Splits:
+def _compared(rows: Splits, found: list[Finding]) -> Splits:
+    """Looks at train as a whole, and at the other splits beside it."""
+    _say_numbers(rows["train"], found)
+    _doubtful_labels(rows["train"], found)
+    rows = duplicates(rows, found)
+    conflicts(rows["train"], found)
+    known = set(rows["train"].counts)
+    rows = leaks(rows, found)
+    _refuse_one_class(rows["train"], known)
+    _refuse_unknown_labels(rows, rows["train"].counts, known)
+    _class_sizes(rows, found)
+    return rows
+
+
+def _rename(splits: Splits, train: Counter[Any], renames: dict[Any, Any], kind: str, found: list[Finding]) -> Splits:
     """Gives labels the name that they were meant to have; in validation and test only where train has none such."""
-    train = splits["train"].counts
     made = {}
     for split, rows in splits.items():
         if kind == "label_variant":
@@ -144,8 +173,16 @@ def _refuse_one_class(train: Labelled, before_leaks: set[Any]) -> None:
         )
 
 
-def _refuse_unknown_labels(splits: Splits, before_leaks: set[Any]) -> None:
-    known = set(splits["train"].counts)
+def _say_numbers(train: Labelled, found: list[Finding]) -> None:
+    """Many labels that are numbers are perhaps no classes: a model of classes does not know that 4 is nearer to 5."""
+    if len(train.counts) > MANY_NUMBERS and all(is_number(label) for label in train.counts):
+        did = "kept as classes: the labels are numbers; if they lie on a scale, task: regression is meant"
+        found.append(finding("numeric_labels", train, [], did, "info", count=len(train.counts)))
+
+
+def _refuse_unknown_labels(splits: Splits, labels: Iterable[Any], before_leaks: Collection[Any] = ()) -> None:
+    known = set(labels)
+    whose = "train" if "train" in splits else "the model"
     for split, rows in splits.items():
         unknown = rows.where(lambda labels: not known.issuperset(labels or ()))
         if not len(unknown):
@@ -155,10 +192,11 @@ def _refuse_unknown_labels(splits: Splits, before_leaks: set[Any]) -> None:
         if label in before_leaks:
             mend = f"all rows of this class in train also stand in {split} or test: add others"
         else:
-            mend = (f'did you mean "{guess}"? ' if guess else "") + "correct the label, or add rows with it to train"
+            more = "add rows with it to train" if "train" in splits else "tune with rows of that label"
+            mend = (f'did you mean "{guess}"? ' if guess else "") + f"correct the label, or {more}"
         raise DataError(
-            f'{rows.place(unknown[0])}: train has no label "{label}"',
-            found=f"{len(unknown)} rows of {split} with labels that train does not have",
+            f'{rows.place(unknown[0])}: {whose} has no label "{label}"',
+            found=f"{len(unknown)} rows of {split} with labels that {whose} does not have",
             expected=", ".join(str(name) for name in sort_labels(known)[:20]) + (", ..." if len(known) > 20 else ""),
             mend=mend,
         )

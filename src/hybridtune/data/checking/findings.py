@@ -25,13 +25,14 @@ class Finding:
     Attributes:
         kind: of every task: `empty_text`, `duplicate`, `conflict`, `leak`; where the target may be missing or unfit:
             `missing_label`, `label_type`. Of classification: `label_variant`, `label_typo`, `doubtful_label`,
-            `small_class`, `imbalance`, `absent_class`. Of regression: `no_number`, `decimal_comma`, `outlier`,
-            `constant_target`, `few_values`. Of tagging: `length_mismatch`, `scheme`, `broken_tags`, `tag_variant`,
-            `rare_type`, `unknown_type`, `absent_type`. Of question answering: `answer_spaces`,
-            `answer_writing`, `offset_missing`, `offset_bytes`, `offset_utf16`, `offset_line_ends`, `offset_moved`,
-            `answer_absent`, `no_answer`, `shared_context`. Of translation and summarization: `copied_target`,
-            `length_ratio`, `language_order`, `long_summary`, `no_spaces`. Of instruction: `unknown_role`,
-            `late_system`, `empty_turn`, `joined_turns`, `leading_answer`, `cut_back`, `answer_cut_away`, `one_by_one`.
+            `small_class`, `imbalance`, `absent_class`, `numeric_labels`. Of regression: `no_number`, `decimal_comma`,
+            `outlier`, `constant_target`, `few_values`. Of tagging: `length_mismatch`, `span_widened`, `scheme`,
+            `broken_tags`, `tag_variant`, `rare_type`, `unknown_type`, `absent_type`. Of question answering:
+            `answer_spaces`, `answer_writing`, `offset_missing`, `offset_bytes`, `offset_utf16`, `offset_line_ends`,
+            `offset_moved`, `answer_absent`, `no_answer`, `shared_context`. Of translation and summarization:
+            `copied_target`, `length_ratio`, `language_order`, `long_summary`, `no_spaces`. Of instruction:
+            `unknown_role`, `late_system`, `empty_turn`, `joined_turns`, `leading_answer`, `cut_back`,
+            `answer_cut_away`, `one_by_one`.
         split: the split where it was found.
         count: how many rows; how many classes or types for kinds that speak of these.
         did: what was done, in words.

@@ -51,7 +51,7 @@ class Conversed(Written):
 
 
 def check_instruction(
-    splits: dict[str, Dataset], *, sources: dict[str, str]
+    splits: dict[str, Dataset], *, sources: dict[str, str], known: bool = False
 ) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs conversations.
 
@@ -60,6 +60,7 @@ def check_instruction(
             the last answer, of the type `TURNS`), `answer`, `conversation` (the messages as one text) and `_row`. They
             are not changed.
         sources: for each split what `describe` returned, for messages.
+        known: whether a model has learnt from train before, which then need not be there.
 
     Returns:
         The repaired splits, and what was found and done. Turns of a user and of the assistant alternate in them.
@@ -68,7 +69,8 @@ def check_instruction(
         DataError: the data cannot be what is wanted: a conversation of validation or test does not end with an answer,
             roles that are unknown, nothing left.
     """
-    train_of(splits)
+    if not known:
+        train_of(splits)
     found: list[Finding] = []
     made = {name: _settled(data, name == "train") for name, data in splits.items()}
     opened = open_written({name: data for name, (data, _) in made.items()}, sources, "conversation", "answer")

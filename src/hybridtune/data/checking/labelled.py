@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -117,12 +117,24 @@ def open_labelled(
     return made
 
 
-def same_label_type(splits: dict[str, Labelled]) -> tuple[dict[str, Labelled], set[str]]:
+def same_label_type(splits: dict[str, Labelled], labels: Sequence[Any] = ()) -> tuple[dict[str, Labelled], set[str]]:
     """Makes all labels text where they are not of one type, as when one split is CSV and another JSON.
+
+    Args:
+        splits: all of them.
+        labels: those that are known already, whose type is kept: "3" is 3 where the model was trained on 3.
 
     Returns:
         The splits, and the names of those that were changed.
     """
+    if labels:
+        names, kind = {str(label): label for label in labels}, type(labels[0])
+
+        def meant_by(label: Any) -> Any:
+            return label if isinstance(label, kind) else names.get(str(label).strip(), label)
+
+        meant = {name: rows.named(meant_by) for name, rows in splits.items()}
+        return meant, {name for name, rows in splits.items() if meant[name].sets != rows.sets}
     types = {type(label) for rows in splits.values() for label in rows.counts}
     if len(types) < 2:
         return splits, set()

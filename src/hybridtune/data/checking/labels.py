@@ -207,8 +207,13 @@ def refuse_what_is_no_class(counts: Counter[Any], where: str) -> None:
         found=f"{len(counts)} distinct values in {counts.total()} rows, e.g. {examples}",
         expected="a few classes, each on many rows",
         mend="check that data.columns names the right column as label"
-        + (", or cut the numbers into ranges and name those" if numeric else ""),
+        + (": for numbers on a scale task: regression, or cut them into ranges and name those" if numeric else ""),
     )
+
+
+def is_number(label: Any) -> bool:
+    """Whether a label is a number, or a text that writes one."""
+    return _number(label) is not None
 
 
 def _number(label: Any) -> float | None:

@@ -21,6 +21,13 @@ FINE, MISSING, NO_NUMBER = range(3)
 
 _NOTHING = {"", "na", "n/a", "nan", "nil", "none", "null", "missing", "unknown", "-", "--", "?"}
 _COMMA = re.compile(r"[+-]?\d+,\d+")
+_MARKS = "[,.'\u2019 \u00a0\u202f]"  # between thousands, in one country or another
+_MARKED = re.compile(rf"(?P<whole>\d{{1,3}}(?P<mark>{_MARKS})\d{{3}}(?:(?P=mark)\d{{3}})*)(?:[.,](?P<rest>\d+))?")
+_UNIT = r"[^\W\d]{1,12}(?:/[^\W\d]{1,8})?|[^\w\s]{1,2}[^\W\d]?"  # kg, km/h, %, \u20ac, \u00b0C
+_MEASURE = re.compile(
+    rf"(?P<before>(?:[^\W\d]{{1,4}} |[^\W\d]{{0,3}}[^\w\s.,+-] ?)?)(?P<sign>-?)"
+    rf"(?P<number>\d(?:\d|{_MARKS}(?=\d))*)(?P<after>(?:\s?(?:{_UNIT}))?)"
+)
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
@@ -121,8 +128,24 @@ def number_of(value: Any, comma: bool) -> float | None:
         return math.inf
 
 
-def open_numbers(splits: dict[str, Rows]) -> dict[str, Numbers]:
+def plain_number(text: str) -> str | None:
+    """Returns what a text that is no number was meant as, where it is one with marks between thousands or a unit."""
+    found = _MEASURE.fullmatch(text.strip())
+    if not found or not (found["before"] or found["after"] or _MARKED.fullmatch(found["number"])):
+        return None
+    marked, number = _MARKED.fullmatch(found["number"]), found["number"]
+    if marked:
+        whole = "".join(character for character in marked["whole"] if character.isdigit())
+        return found["sign"] + whole + (f".{marked['rest']}" if marked["rest"] else "")
+    return found["sign"] + number.replace(",", ".") if number_of(number.replace(",", "."), False) is not None else None
+
+
+def open_numbers(splits: dict[str, Rows], width: int | None = None) -> dict[str, Numbers]:
     """Takes the numbers out of splits. A comma in all of them, as in 3,5, is a decimal point.
+
+    Args:
+        splits: with the column `label`.
+        width: how many numbers a row has; what most rows of train have where not given.
 
     Raises:
         DataError: lists are of different lengths, or commas cannot be told from points.
@@ -135,13 +158,15 @@ def open_numbers(splits: dict[str, Rows]) -> dict[str, Numbers]:
             for value in values:
                 columns[name].take(value, comma)
     several = any(column.lists for column in columns.values())
-    widths = np.frombuffer(columns["train"].widths or array("i", [0]), np.int32)
-    width = int(np.bincount(widths[widths > 0]).argmax()) if (widths > 0).any() else 1
+    usual = "the model gives" if width is not None else "that of most rows of train"
+    if width is None:
+        widths = np.frombuffer(columns["train"].widths or array("i", [0]), np.int32)
+        width = int(np.bincount(widths[widths > 0]).argmax()) if (widths > 0).any() else 1
     several &= width > 1
     made = {}
     for name, rows in splits.items():
         column = columns[name]
-        _refuse_other_lengths(rows, np.array(column.widths), width)
+        _refuse_other_lengths(rows, np.array(column.widths), width, usual)
         numbers = np.full((len(rows), width), np.nan)
         faults = np.array(column.faults, np.int8)
         numbers[faults == FINE] = np.array(column.flat).reshape(-1, width)
@@ -185,11 +210,11 @@ def _decimal_comma(splits: Iterable[Rows]) -> bool:
     return True
 
 
-def _refuse_other_lengths(rows: Rows, widths: np.ndarray, width: int) -> None:
+def _refuse_other_lengths(rows: Rows, widths: np.ndarray, width: int, usual: str) -> None:
     other = np.flatnonzero((widths > 0) & (widths != width))
     if len(other):
         raise DataError(
-            f"{rows.place(other[0])}: the label has {widths[other[0]]} numbers, that of most rows of train {width}",
+            f"{rows.place(other[0])}: the label has {widths[other[0]]} numbers, {usual} {width}",
             found=f"{str(rows.row(other[0])['label'])[:120]}; {len(other)} of {len(rows)} rows of {rows.split}",
             expected="as many numbers on every row",
             mend="correct these rows, or take them out of the file",

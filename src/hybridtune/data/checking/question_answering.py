@@ -83,6 +83,7 @@ def check_question_answering(
     sources: dict[str, str],
     texts: Sequence[str] = ("question", "context"),
     extracted: bool = True,
+    no_answer: bool | None = None,
 ) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs questions and their answers.
 
@@ -92,6 +93,7 @@ def check_question_answering(
         sources: for each split what `describe` returned, for messages.
         texts: what a question consists of; there may be no context where answers are in words of their own.
         extracted: whether answers are pieces of their contexts, and not in words of their own.
+        no_answer: whether rows may have none, where that is known and there is no train.
 
     Returns:
         The repaired splits, and what was found and done. `answers` is `{"text": [...], "answer_start": [...]}`, with
@@ -102,7 +104,8 @@ def check_question_answering(
         DataError: the data cannot be what is wanted: no answer stands in its context, no question has one, answers that
             cannot be read, nothing left.
     """
-    train_of(splits)
+    if no_answer is None:
+        train_of(splits)
     found: list[Finding] = []
     rows = {name: _open(name, data, sources.get(name, name), texts, extracted) for name, data in splits.items()}
     rows = empty_texts(rows, found)
@@ -111,12 +114,14 @@ def check_question_answering(
             _refuse_all_absent(split)
         for name in list(rows):
             rows = _say_amiss(rows, name, found)
-    rows = duplicates(rows, found)
-    conflicts(rows["train"], found)
-    rows = leaks(rows, found)
-    _without_an_answer(rows, found)
-    if "context" in texts:
-        _shared_contexts(rows, found)
+    if "train" in rows:
+        rows = duplicates(rows, found)
+        conflicts(rows["train"], found)
+        rows = leaks(rows, found)
+        no_answer = _refuse_no_answers(rows["train"])
+        if "context" in texts:
+            _shared_contexts(rows, found)
+    _without_an_answer(rows, bool(no_answer), found)
     made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
     return made, found
 
@@ -225,9 +230,8 @@ def _say_amiss(splits: dict[str, Answered], split: str, found: list[Finding]) ->
     return splits
 
 
-def _without_an_answer(splits: dict[str, Answered], found: list[Finding]) -> None:
-    """Counts questions that have no answer, and refuses a train that has no others."""
-    train = splits["train"]
+def _refuse_no_answers(train: Answered) -> bool:
+    """Refuses a train whose questions all have none; returns whether some have none."""
     if not train.given.any():
         raise DataError(
             f"{train.source}: no question of train has an answer",
@@ -235,11 +239,16 @@ def _without_an_answer(splits: dict[str, Answered], found: list[Finding]) -> Non
             expected='answers such as {"text": ["..."], "answer_start": [0]}',
             mend="check that data.columns names the right column as answers",
         )
-    for split, rows in splits.items():
+    return not train.given.all()
+
+
+def _without_an_answer(splits: dict[str, Answered], no_answer: bool, found: list[Finding]) -> None:
+    """Counts questions that have no answer."""
+    for rows in splits.values():
         without = np.flatnonzero(rows.given == 0)
         if not len(without):
             continue
-        unlearnt = split != "train" and bool(train.given.all())
+        unlearnt = not no_answer
         did = "kept: questions without an answer" + (", though train has none, so that none can be learnt" * unlearnt)
         found.append(finding("no_answer", rows, without, did, "warning" if unlearnt else "info"))
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ...errors import DataError
 from .findings import Finding, finding
-from .numbers import MISSING, NO_NUMBER, Numbers, open_numbers
+from .numbers import MISSING, NO_NUMBER, Numbers, open_numbers, plain_number
 from .rows import as_text, open_rows
 from .steps import empty_texts, missing, train_of, unfit
 from .twins import conflicts, duplicates, leaks
@@ -20,7 +20,7 @@ FEW = 0.05
 
 
 def check_regression(
-    splits: dict[str, Dataset], *, sources: dict[str, str]
+    splits: dict[str, Dataset], *, sources: dict[str, str], width: int | None = None
 ) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs texts with numbers.
 
@@ -28,6 +28,7 @@ def check_regression(
         splits: "train", and "validation" and "test" where they are there, with the columns `text`, `label`, `_row` and
             perhaps `text_pair`. They are not changed.
         sources: for each split what `describe` returned, for messages.
+        width: how many numbers a row has, where that is known and there is no train.
 
     Returns:
         The repaired splits (`label` is a number, or a list of equally many), and what was found and done.
@@ -36,13 +37,14 @@ def check_regression(
         DataError: the data cannot be what is wanted: labels that are no numbers, lists of different lengths, the same
             number everywhere, a row of validation or test without a label, nothing left.
     """
-    train_of(splits)
+    if width is None:
+        train_of(splits)
     found: list[Finding] = []
     opened = {}
     for name, data in splits.items():
         texts = [column for column in ("text", "text_pair") if column in data.column_names or column == "text"]
         opened[name] = open_rows(name, data, sources.get(name, name), texts, "label")
-    rows = open_numbers(opened)
+    rows = open_numbers(opened, width)
     rows = missing(rows, {name: np.flatnonzero(split.faults == MISSING) for name, split in rows.items()}, found)
     rows = unfit(
         rows,
@@ -52,11 +54,31 @@ def check_regression(
         Numbers.given,
         problem="the label is not a number",
         expected="a number on every row",
-        mend="correct these rows; for labels that are names, task: classification",
+        mend=_mend_of(rows),
     )
     for split in rows.values():
         _say_converted(split, found)
     rows = empty_texts(rows, found)
+    if "train" in rows:
+        rows = _compared(rows, found)
+    made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
+    return made, found
+
+
+def _mend_of(rows: dict[str, Numbers]) -> str:
+    """What can be done about labels that are no numbers, by what the first of them looks like."""
+    first = next(
+        (split.given(int(at))["label"] for split in rows.values() for at in np.flatnonzero(split.faults == NO_NUMBER)),
+        "",
+    )
+    plain = plain_number(first)
+    if plain:
+        return f"write the number alone, without marks between thousands or a unit: {plain} for {first.strip()}"
+    return "correct these rows; for labels that are names, task: classification"
+
+
+def _compared(rows: dict[str, Numbers], found: list[Finding]) -> dict[str, Numbers]:
+    """Looks at train as a whole, and at the other splits beside it."""
     rows = duplicates(rows, found)
     conflicts(rows["train"], found, lambda first: _spread(rows["train"].values, first))
     before = len(np.unique(rows["train"].values, axis=0))
@@ -65,8 +87,7 @@ def check_regression(
     for split in rows.values():
         _outliers(rows["train"], split, found)
     _few_values(rows["train"], found)
-    made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
-    return made, found
+    return rows
 
 
 def _say_converted(rows: Numbers, found: list[Finding]) -> None:
@@ -77,7 +98,7 @@ def _say_converted(rows: Numbers, found: list[Finding]) -> None:
     if len(commas):
         did = "read with a decimal comma, as 3,5 is 3.5"
         found.append(finding("decimal_comma", rows, commas, did, "warning", details))
-    if len(texts):
+    if 0 < len(texts) < len(rows):  # in a file of texts all are
         found.append(finding("label_type", rows, texts, "texts made numbers", "info", details))
 
 

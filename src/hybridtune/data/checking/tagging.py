@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from datasets import Dataset
 
@@ -10,7 +11,7 @@ from ...errors import DataError
 from .findings import Finding, finding, some
 from .labels import TYPO_SHARE, variants, ways_of_writing
 from .rows import column_type, is_list, is_string
-from .schemes import OUTSIDE, is_chunked, parse, scheme_of
+from .schemes import IOB2, OUTSIDE, is_chunked, parse, scheme_of
 from .steps import empty_texts, missing, train_of, unfit
 from .tagged import BROKEN, MISMATCH, MISSING, RENAMED, Rule, Tagged, Tally, open_tagged
 from .twins import conflicts, duplicates, leaks
@@ -20,13 +21,16 @@ RARE = 8
 Splits = dict[str, Tagged]
 
 
-def check_tagging(splits: dict[str, Dataset], *, sources: dict[str, str]) -> tuple[dict[str, Dataset], list[Finding]]:
+def check_tagging(
+    splits: dict[str, Dataset], *, sources: dict[str, str], tags: Sequence[str] = ()
+) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs words with tags.
 
     Args:
         splits: "train", and "validation" and "test" where they are there, with the columns `tokens`, `tags` and `_row`.
             They are not changed.
         sources: for each split what `describe` returned, for messages.
+        tags: those that are known, where there is no train.
 
     Returns:
         The repaired splits, and what was found and done. `tokens` and `tags` are lists of texts. Validation and test
@@ -36,7 +40,8 @@ def check_tagging(splits: dict[str, Dataset], *, sources: dict[str, str]) -> tup
         DataError: the data cannot be what is wanted: as many tags as words neither in validation and test nor in most
             of train, nothing marked, no type that train and another split share, nothing left.
     """
-    train_of(splits)
+    if not tags:
+        train_of(splits)
     found: list[Finding] = []
     rows = {name: open_tagged(name, data, sources.get(name, name)) for name, data in splits.items()}
     _say_types(rows, found)
@@ -52,36 +57,38 @@ def check_tagging(splits: dict[str, Dataset], *, sources: dict[str, str]) -> tup
         mend="correct these rows; a token that holds white space or a line break may have been cut",
     )
     rows = empty_texts(rows, found)
-    rows = _settle(rows, found)
-    rows = duplicates(rows, found)
-    conflicts(rows["train"], found)
-    before = rows["train"].counts()
-    rows = leaks(rows, found)
+    rows = _settle(rows, tags, found)
+    if "train" in rows:
+        rows = duplicates(rows, found)
+        conflicts(rows["train"], found)
+        before = rows["train"].counts()
+        rows = leaks(rows, found)
     tallies = {name: split.tally() for name, split in rows.items()}
-    _refuse_nothing_marked(rows["train"], tallies["train"], before)
-    _types(rows, tallies, found)
+    if "train" in rows:
+        _refuse_nothing_marked(rows["train"], tallies["train"], before)
+    _types(rows, tallies, tags, found)
     return {name: split.to_dataset(split.written()) for name, split in rows.items()}, found
 
 
 def _say_types(splits: Splits, found: list[Finding]) -> None:
     for rows in splits.values():
         kinds = {name: column_type(rows.data, name) for name in ("tokens", "tags")}
-        odd = [name for name, kind in kinds.items() if not (is_list(kind) and is_string(kind.value_type))]
+        odd = [name for name, kind in kinds.items() if not is_string(kind.value_type if is_list(kind) else kind)]
         if odd:
             did = " and ".join(f"{name} made lists of texts, out of {kinds[name]}" for name in odd)
             found.append(finding("label_type", rows, range(len(rows)), did, "info"))
 
 
-def _settle(splits: Splits, found: list[Finding]) -> Splits:
+def _settle(splits: Splits, tags: Sequence[str], found: list[Finding]) -> Splits:
     """Gives tags one way of writing, and those of train what their scheme has for the pieces that they mark."""
-    train = splits["train"].counts()
+    train = splits["train"].counts() if "train" in splits else Counter(tags)
     chunked = is_chunked(train)
     made = {}
     renames = _renames(train, train, chunked)
     named = Counter[tuple[str, str]]()
-    for (before, tag), count in splits["train"].pairs.items():
+    for (before, tag), count in splits["train"].pairs.items() if "train" in splits else ():
         named[renames.get(before, before), renames.get(tag, tag)] += count
-    scheme = scheme_of(named) if chunked else None
+    scheme = scheme_of(named) if chunked and named else None
     for split, rows in splits.items():
         renames = _renames(rows.counts(), train, chunked)
         made[split], broken = rows.settled(Rule(renames, chunked, scheme, repairs=split == "train"))
@@ -116,8 +123,8 @@ def _of_types(counts: Counter[str]) -> Counter[str]:
 
 def _say_tags(rows: Tagged, broken: Counter[tuple[str, str]], found: list[Finding]) -> None:
     scheme = rows.rule.scheme
-    if rows.split == "train":
-        name = scheme.name if scheme else "pieces in no known scheme" if rows.rule.chunked else "one for each token"
+    if rows.split == "train" and rows.rule.chunked and scheme is not IOB2:  # what everybody takes for granted
+        name = scheme.name if scheme else "pieces in no known scheme"
         found.append(finding("scheme", rows, [], f"tags read as {name}", "info", count=len(rows)))
     renamed = rows.marked(RENAMED)
     if len(renamed):
@@ -144,10 +151,14 @@ def _refuse_nothing_marked(train: Tagged, tally: Tally, before_leaks: Counter[st
     )
 
 
-def _types(splits: Splits, tallies: dict[str, Tally], found: list[Finding]) -> None:
+def _types(splits: Splits, tallies: dict[str, Tally], tags: Sequence[str], found: list[Finding]) -> None:
     """Reports types that are rare, that train lacks and that others lack; refuses a split that shares none."""
-    train = tallies["train"].types
-    word = "types" if splits["train"].rule.chunked else "tags"
+    chunked = next(iter(splits.values())).rule.chunked
+    if "train" in tallies:
+        train, whose = tallies["train"].types, "train"
+    else:
+        train, whose = _of_types(Counter(tags)) if chunked else Counter(tags), "the model"
+    word = "types" if chunked else "tags"
 
     def report(kind: str, names: list[str], did: str, level: str = "warning") -> None:
         first, sizes = tallies[split].first, tallies[split].types
@@ -159,13 +170,13 @@ def _types(splits: Splits, tallies: dict[str, Tally], found: list[Finding]) -> N
         unknown = sorted(tallies[split].types.keys() - train.keys())
         if unknown and len(unknown) == len(tallies[split].types):
             raise DataError(
-                f"{rows.place(min(tallies[split].first.values()))}: train has none of the {word} of {split}",
+                f"{rows.place(min(tallies[split].first.values()))}: {whose} has none of the {word} of {split}",
                 found=", ".join(unknown[:20]),
                 expected=", ".join(sorted(train)[:20]),
                 mend="check that all splits are tagged alike",
             )
         if unknown:
-            report("unknown_type", unknown, "train does not have, so that they cannot be found")
+            report("unknown_type", unknown, f"{whose} does not have, so that they cannot be found")
         absent = sorted(train.keys() - tallies[split].types.keys())
         if absent:
             report("absent_type", absent, "are not measured there", "info")

@@ -11,6 +11,7 @@ from datasets import Dataset
 from ..doubts.languages import UNSURE, languages
 from .findings import Finding, finding
 from .rows import as_text
+from .steps import train_of
 from .written import Written, odd, open_written, repaired
 
 FAR = 4.0  # times the usual ratio of lengths
@@ -20,7 +21,11 @@ SOME = 0.05  # of the rows; less may be the identifier's own mistakes
 
 
 def check_translation(
-    splits: dict[str, Dataset], *, sources: dict[str, str], languages: Sequence[str | None] = (None, None)
+    splits: dict[str, Dataset],
+    *,
+    sources: dict[str, str],
+    languages: Sequence[str | None] = (None, None),
+    known: bool = False,
 ) -> tuple[dict[str, Dataset], list[Finding]]:
     """Checks and repairs texts and their translations.
 
@@ -29,6 +34,7 @@ def check_translation(
             `_row`. They are not changed.
         sources: for each split what `describe` returned, for messages.
         languages: codes of source and target, where they are known.
+        known: whether a model has learnt from train before, which then need not be there.
 
     Returns:
         The repaired splits, and what was found and done.
@@ -36,11 +42,14 @@ def check_translation(
     Raises:
         DataError: the data cannot be what is wanted: a target is missing in validation or test, nothing left.
     """
+    if not known:
+        train_of(splits)
     found: list[Finding] = []
     rows = open_written(splits, sources, "source", "target")
-    usual = float(np.median(rows["train"].ratios)) or 1.0
+    first = rows["train"] if "train" in rows else next(iter(rows.values()))
+    usual = float(np.median(first.ratios)) or 1.0
     made = repaired(rows, found, partial(_lengths, usual=usual))
-    _languages(rows["train"], languages, found)
+    _languages(first, languages, found)
     return made, found
 
 

@@ -110,8 +110,7 @@ def _look(file: File, size: int, changed: int) -> Text:
         damage = DataError(
             f"{file.name}:{line}:{column}: a byte is not UTF-8, though the rest of the file is",
             found=f"byte {byte}" + (f", and {broken - 1} more such places" if broken > 1 else ""),
-            mend="save the file as UTF-8 again, or correct that line, "
-            "or leave such rows out with data: {on_bad_row: skip}",
+            mend="save the file as UTF-8 again, or correct that line",
         )
         return Text(file, "utf-8", damage=damage)
     return Text(file, _guess(file, sample), guessed=True)

@@ -38,7 +38,7 @@ def _read(file: File, notes: Notes) -> Iterator[Batch]:
         return read_sheet(file, kind, notes)
     text = look(file)
     if text.damage is not None and notes.on_bad_row == "refuse":
-        raise text.damage
+        raise DataError(text.damage.problem, found=text.damage.found, mend=notes.mend(str(text.damage.mend)))
     if text.guessed:
         notes.warn(
             f"{file.name}, read as {text.encoding}, which is a guess: where letters look wrong, save the file as UTF-8"

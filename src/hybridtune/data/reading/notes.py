@@ -19,11 +19,15 @@ class Notes:
 
     Attributes:
         on_bad_row: what becomes of a row that cannot be read: an error, or a place in `rejected`.
+        may_skip: whether the user could have asked for such rows to be left out, for the mend.
+        kept_in: the file that `rejected` goes into, or None where none is written.
         rejected: such rows, each `{"source", "line", "problem", "text"}`.
         warnings: what a person has to know, a sentence each.
     """
 
     on_bad_row: OnBadRow = "refuse"
+    may_skip: bool = True
+    kept_in: str | None = None
     rejected: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -61,12 +65,11 @@ class Notes:
         """
         place = f"{source}:{line}" + (f":{column}" if column else "")
         if self.on_bad_row == "refuse":
-            skip = "leave such rows out with data: {on_bad_row: skip}"
             raise DataError(
                 f"{place}: {problem}",
                 found=text.strip()[:_SHOWN] if found is None else found,
                 expected=expected,
-                mend=f"{mend}, or {skip}" if mend else f"correct the row, or {skip}",
+                mend=self.mend(mend or "correct the row"),
             )
         if len(self.rejected) == MOST_REJECTED:
             raise DataError(
@@ -75,6 +78,10 @@ class Notes:
                 mend="look at the first of them without on_bad_row: skip: the file is of another kind than it seems",
             )
         self.rejected.append({"source": source, "line": line, "problem": problem, "text": text.rstrip("\r\n")})
+
+    def mend(self, mend: str) -> str:
+        """Returns a mend, with leaving rows out beside it where that can be done."""
+        return f"{mend}, or leave such rows out with data: {{on_bad_row: skip}}" if self.may_skip else mend
 
     def mark(self) -> tuple[int, int]:
         """Returns a place to go back to."""

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from hybridtune.checkpoint import Base
-from hybridtune.compare import compare
+from hybridtune.comparison import compare
 
 TASK = {"name": "classification", "labels": ["ham", "spam"]}
 
@@ -19,7 +19,7 @@ def run(folder: Path, gold: list[int], predicted: list[int]) -> Path:
     """The files of a run that are compared."""
     (folder / "model").mkdir(parents=True)
     base = Base("base", None, "", "AutoModelForSequenceClassification", {})
-    about = {"task": TASK, "base": vars(base), "max_length": 64}
+    about = {"kind": "checkpoint", "task": TASK, "base": vars(base), "max_length": 64, "sha256": {}}
     (folder / "model" / "hybridtune.json").write_text(json.dumps(about))
     (folder / "data.json").write_text(json.dumps({"splits": {"test": {"fingerprint": "same"}}}))
     lines = [
