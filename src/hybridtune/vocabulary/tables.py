@@ -54,14 +54,10 @@ def follow(loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> Loaded:
         numbers = {at: found[piece] for piece, at in known.items() if piece in found}
         for config in [*_configs(model), getattr(model, "generation_config", None)]:
             _renumber(config, numbers)
-    for config in _configs(model):
-        for key in _SIZES:
-            if getattr(config, key, None) == size:
-                setattr(config, key, len(pieces))
-    with torch.device("meta"):
-        twin: Any = type(model)(copy.deepcopy(model.config))  # type: ignore[arg-type]
-    _take_numbers(model, twin, size)
-    tables = _resize(model, twin, size, pieces)
+    sides = _following(model, size)
+    _set_size(_configs(model), size, len(pieces))
+    _take_numbers(model, _twin(model), size)
+    tables = _resize(model, sides, pieces)
     fresh = sorted(at for piece, at in found.items() if piece not in known)
     new = [put_on(model, table, torch.tensor(fresh)) for table in tables] if fresh else []
     gone = set(loaded.new) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -121,17 +117,18 @@ def _size(model: PreTrainedModel) -> int:
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configurations of a model and of what it is made of, each once; some stacks have copies."""
-    found: dict[int, PreTrainedConfig] = {}
-
-    def add(config: Any) -> None:
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            for inner in vars(config).values():
-                add(inner)
-
+    found: list[PreTrainedConfig] = []
     for module in model.modules():
-        add(getattr(module, "config", None))
-    return list(found.values())
+        _collect(getattr(module, "config", None), found)
+    return found
+
+
+def _collect(config: Any, found: list[PreTrainedConfig]) -> None:
+    """Adds a configuration and those in it."""
+    if isinstance(config, PreTrainedConfig) and not any(config is other for other in found):
+        found.append(config)
+        for inner in vars(config).values():
+            _collect(inner, found)
 
 
 def _renumber(config: Any, numbers: dict[int, int]) -> None:
@@ -146,6 +143,41 @@ def _renumber(config: Any, numbers: dict[int, int]) -> None:
             setattr(config, key, numbers.get(value))
 
 
+def _set_size(configs: Sequence[PreTrainedConfig], before: int, after: int) -> None:
+    for config in configs:
+        for key in _SIZES:
+            if getattr(config, key, None) == before:
+                setattr(config, key, after)
+
+
+def _twin(model: PreTrainedModel, config: Any = None) -> nn.Module:
+    """A model of the same class from a configuration, without memory."""
+    with torch.device("meta"):
+        made: nn.Module = type(model)(config or copy.deepcopy(model.config))
+    return made
+
+
+def _following(model: PreTrainedModel, size: int) -> dict[str, int]:
+    """Names of the tensors that follow the vocabulary, with the dimension that does: a larger one shows them.
+
+    Raises:
+        ModelError: one follows it in a way that is unknown.
+    """
+    config = copy.deepcopy(model.config)
+    found: list[PreTrainedConfig] = []
+    _collect(config, found)
+    _set_size(found, size, size + 1)
+    larger, sides = dict(_tensors(_twin(model, config))), dict[str, int]()
+    for name, tensor in _tensors(model):
+        shapes = tensor.shape, larger[name].shape
+        if shapes[0] == shapes[1]:
+            continue
+        (sides[name], *more) = [side for side, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b]
+        if more or tensor.shape[sides[name]] != size:
+            raise ModelError(f"vocabulary: {name} follows it in a way that is unknown", found=str(tuple(tensor.shape)))
+    return sides
+
+
 def _take_numbers(model: PreTrainedModel, twin: nn.Module, size: int) -> None:
     """Sizes and special tokens that modules have noted, as the twin has them.
 
@@ -153,8 +185,7 @@ def _take_numbers(model: PreTrainedModel, twin: nn.Module, size: int) -> None:
         ModelError: positions are counted from the padding token's number, which is another now.
     """
     for name, module in model.named_modules():
-        other = twin.get_submodule(name)
-        for key, value in vars(other).items():
+        for key, value in vars(twin.get_submodule(name)).items():
             mine = vars(module).get(key, value)
             if not {type(mine), type(value)} <= {int, type(None)} or mine == value:
                 continue
@@ -167,28 +198,20 @@ def _take_numbers(model: PreTrainedModel, twin: nn.Module, size: int) -> None:
             setattr(module, key, value)
 
 
-def _resize(model: PreTrainedModel, twin: nn.Module, size: int, pieces: Sources) -> list[nn.Parameter]:
-    """Puts tables of new rows in the place of what has another shape in the twin; tied ones stay tied.
+def _resize(model: PreTrainedModel, sides: dict[str, int], pieces: Sources) -> list[nn.Parameter]:
+    """Puts tables of new rows in the place of what follows the vocabulary; tied ones stay tied.
 
     Returns:
         The tables of embeddings, input and output, each once.
     """
-    tables: dict[int, nn.Parameter] = {}
-    wanted = dict(_tensors(twin))
-    kept: dict[int, torch.Tensor] = {}
-    for name, tensor in list(_tensors(model)):
-        sides = [side for side, (a, b) in enumerate(zip(tensor.shape, wanted[name].shape, strict=True)) if a != b]
-        if not sides:
-            continue
-        if len(sides) > 1 or tensor.shape[sides[0]] != size:
-            raise ModelError(f"vocabulary: {name} follows it in a way that is unknown", found=str(tuple(tensor.shape)))
-        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if id(tensor) not in tables:
-            made = _taken(tensor.detach(), sides[0], pieces)
-            kept[id(tensor)] = tensor  # its id is not another's while it is here
-            tables[id(tensor)] = nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made  # type: ignore[assignment]
-        setattr(module, leaf, tables[id(tensor)])
-    return [table for table in tables.values() if isinstance(table, nn.Parameter) and table.dim() == 2]
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with what it was, whose id is not another's so long
+    for name, tensor in [(name, tensor) for name, tensor in _tensors(model) if name in sides]:
+        if id(tensor) not in made:
+            rows = _taken(tensor.detach(), sides[name], pieces)
+            made[id(tensor)] = tensor, nn.Parameter(rows) if isinstance(tensor, nn.Parameter) else rows
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, made[id(tensor)][1])
+    return [table for _, table in made.values() if isinstance(table, nn.Parameter) and table.dim() == 2]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

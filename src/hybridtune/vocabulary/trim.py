@@ -168,7 +168,7 @@ def _with(tree: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
 def _renumbered(node: Any, numbers: dict[str, int]) -> Any:
     """A post-processor, which has special tokens by name and number."""
     if isinstance(node, list):
-        if len(node) == 2 and node[0] in numbers and isinstance(node[1], int):  # of BERT's and RoBERTa's
+        if len(node) == 2 and isinstance(node[0], str) and isinstance(node[1], int):  # of BERT's and RoBERTa's
             return [node[0], numbers[node[0]]]
         return [_renumbered(one, numbers) for one in node]
     if not isinstance(node, dict):
