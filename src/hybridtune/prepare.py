@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -342,7 +343,7 @@ def _vocabulary(
     columns = [*task.inputs, *([task.target] if task.writes else [])]
 
     def texts() -> Iterator[list[str]]:
-        yield [recipe.template] if recipe.template else []
+        yield [re.sub(r"\{\w+\}", "", recipe.template or "")]
         for batch in batches(rows["train"], columns):
             for values in batch:
                 yield [" ".join(map(str, one)) if isinstance(one, list) else as_text(one) for one in values]
@@ -367,8 +368,8 @@ def _say_vocabulary(before: models.Loaded, after: models.Loaded, console: Consol
     sizes = [sum(parameter.nbytes for parameter in one.model.parameters()) for one in (before, after)]
     shown = f": {' '.join(new[:_SHOWN_LABELS])}" + (" ..." if len(new) > _SHOWN_LABELS else "") if new else ""
     console.line(
-        f"  vocabulary: {len(found) - len(new):,} of {len(known):,} pieces are kept, {len(new):,} are new{shown}; "
-        f"the model has {sizes[1] / 1e6:,.0f} MB, and had {sizes[0] / 1e6:,.0f}"
+        f"  vocabulary: {len(found) - len(new):,} of {len(known):,} pieces kept, {len(new):,} new{shown}; "
+        f"{' -> '.join(map(consoles.memory, sizes))} of weights"
     )
     return {
         "vocabulary": {

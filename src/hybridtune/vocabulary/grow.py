@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ModelError
+from .trim import checked
+
+_SIDES = ("text", "text_target")
 
 
 def extended(
@@ -43,7 +47,27 @@ def extended(
     if languages:
         special = [*(grown.extra_special_tokens or []), *languages]
         grown.add_special_tokens({"extra_special_tokens": special})
-    return grown  # type: ignore[no-any-return]
+    made = grown
+    if grown.is_fast:  # read from files, as it will be later; slow ones would look for theirs again and again
+        with tempfile.TemporaryDirectory() as temporary:
+            grown.save_pretrained(temporary)
+            made = AutoTokenizer.from_pretrained(temporary)
+    lost = [code for code in languages if not _marks_with(copy.deepcopy(made), code)]
+    if lost:
+        raise ModelError(
+            f"vocabulary: add_languages: a {type(made).__name__} cannot mark texts with {lost[0]}",
+            expected="a tokenizer that looks its languages up among its tokens, such as mBART's or NLLB's",
+            mend="give the codes as add_tokens, and put them into the template",
+        )
+    return checked(made, grown.get_vocab(), tokenizer)
+
+
+def _marks_with(tokenizer: Any, code: str) -> bool:
+    try:
+        tokenizer.src_lang = tokenizer.tgt_lang = code
+        return all(tokenizer.convert_tokens_to_ids(code) in tokenizer(**{key: "a"})["input_ids"] for key in _SIDES)
+    except (KeyError, ValueError):  # a table that only its class can change
+        return False
 
 
 def codes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:

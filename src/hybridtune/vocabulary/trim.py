@@ -86,15 +86,26 @@ def rebuilt(tokenizer: PreTrainedTokenizerBase, tree: dict[str, Any]) -> PreTrai
                 path.unlink()
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
         (folder / "tokenizer.json").write_text(json.dumps(tree), "utf-8")
-        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(temporary)
+        made = AutoTokenizer.from_pretrained(temporary)
     vocab = tree["model"]["vocab"]
     pieces = [piece for piece, *_ in vocab] if isinstance(vocab, list) else sorted(vocab, key=vocab.__getitem__)
     expected = {piece: at for at, piece in enumerate(pieces)}
     expected |= {token["content"]: token["id"] for token in tree["added_tokens"]}
+    return checked(made, expected, tokenizer)
+
+
+def checked(
+    made: PreTrainedTokenizerBase, expected: dict[str, int], tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """A tokenizer that was read from files; it is called as the one that it was made of.
+
+    Raises:
+        ModelError: its class makes something else of the files.
+    """
     if made.get_vocab() != expected:
         raise ModelError(
             "vocabulary: a tokenizer of this class cannot have another vocabulary",
-            found=f"{type(made).__name__} with {len(made.get_vocab())} pieces from a file with {len(expected)}",
+            found=f"{type(made).__name__} with {len(made.get_vocab())} pieces from files with {len(expected)}",
             mend="leave vocabulary away",
         )
     made.name_or_path = made.init_kwargs["name_or_path"] = tokenizer.name_or_path
