@@ -166,6 +166,9 @@ def test_trained(folders: dict[str, Path], kind: str) -> None:
     (rows, *_) = [after.model.get_parameter(name) for name in after.new if "new_rows" in name]
     assert len(rows) == len(new) - len(shared)
     assert after.model.config.vocab_size == len(new)
+    again = changed(load(folders[kind], kind), Vocabulary(train=60 + 256 * (kind == "gpt2")), sentences(200, 9))
+    # the scores of a Unigram differ in their last digits, and what is equal but for these stands in another order
+    assert again.backend_tokenizer.to_str() == new.backend_tokenizer.to_str() or kind == "t5"
 
 
 def test_new_languages(tmp_path: Path, folders: dict[str, Path]) -> None:
@@ -360,15 +363,19 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("asked", [{"train": 70}, {"trim": True, "add_tokens": ["<x>"]}], ids=["train", "trim"])
-def test_resumed(folders: dict[str, Path], tmp_path: Path, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [("bart", {"train": 330}), ("t5", {"trim": True, "add_tokens": ["<x>"]})],
+    ids=["train", "trim"],
+)
+def test_resumed(folders: dict[str, Path], tmp_path: Path, kind: str, asked: dict[str, Any]) -> None:
     """An interrupted run goes on with the tokenizer that it had, and ends as an undisturbed one, to the last bit."""
     keys = {"vocabulary": asked, "strategy": "full", "save_steps": 2}
-    whole = tune(folders["t5"], tmp_path / "whole", PAIRS, **keys)
+    whole = tune(folders[kind], tmp_path / "whole", PAIRS, **keys)
     with pytest.raises(KeyboardInterrupt):
-        tune(folders["t5"], tmp_path / "run", PAIRS, callbacks=[Stop(5)], **keys)
+        tune(folders[kind], tmp_path / "run", PAIRS, callbacks=[Stop(5)], **keys)
     kept = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
-    run = tune(folders["t5"], tmp_path / "run", PAIRS, resume=True, **keys)
+    run = tune(folders[kind], tmp_path / "run", PAIRS, resume=True, **keys)
     assert (run.folder / "tokenizer" / "tokenizer.json").read_bytes() == kept
     (one,), (other,) = ((of.folder / "stages").iterdir() for of in (whole, run))
     tensors = delta(one)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError, first_line
-from .trim import rebuilt, tree_of
+from .trim import rebuilt, renumbered, tree_of
 
 
 def trained(tokenizer: PreTrainedTokenizerBase, texts: Iterator[list[str]], pieces: int) -> PreTrainedTokenizerBase:
@@ -33,4 +34,17 @@ def trained(tokenizer: PreTrainedTokenizerBase, texts: Iterator[list[str]], piec
             found=first_line(error),
             mend="give another number of pieces",
         ) from None
-    return rebuilt(made, tree_of(made, "train"))
+    return rebuilt(made, _in_order(tree_of(made, "train"), made.get_vocab()))
+
+
+def _in_order(tree: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
+    """The same pieces in one order: the trainer of WordPiece numbers letters another way each time.
+
+    Merges have an order of their own, which is always the same; that of a Unigram's pieces is the trainer's, whose sums
+    of probabilities are never the same to the last bit.
+    """
+    if tree["model"]["type"] in ("BPE", "Unigram"):
+        return tree
+    added = [token["content"] for token in sorted(tree["added_tokens"], key=lambda token: token["id"])]
+    rest = sorted(numbers.keys() - set(added), key=lambda piece: (len(piece), piece))
+    return renumbered(tree, {piece: at for at, piece in enumerate([*added, *rest])})

@@ -48,7 +48,7 @@ def trimmed(tokenizer: PreTrainedTokenizerBase, used: Collection[int]) -> PreTra
     own = {piece: at for piece, at in numbers.items() if piece in kept}
     in_model = {piece for piece, *_ in model["vocab"]} if model["type"] == "Unigram" else set(model["vocab"])
     order = sorted(own, key=lambda piece: (piece not in in_model, own[piece]))
-    return rebuilt(tokenizer, _with(tree, {piece: at for at, piece in enumerate(order)}))
+    return rebuilt(tokenizer, renumbered(tree, {piece: at for at, piece in enumerate(order)}))
 
 
 def tree_of(tokenizer: PreTrainedTokenizerBase, key: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _pair(merge: str | list[str]) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else merge
 
 
-def _with(tree: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
+def renumbered(tree: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
     """The tree of a tokenizer with these pieces, numbered so, alone."""
     model = dict(tree["model"])
     if model["type"] == "Unigram":
@@ -173,17 +173,17 @@ def _with(tree: dict[str, Any], numbers: dict[str, int]) -> dict[str, Any]:
     tokens = [{**token, "id": numbers[token["content"]]} for token in tree["added_tokens"]]
     tokens.sort(key=lambda token: token["id"])
     tree = {**tree, "model": model, "added_tokens": tokens, "truncation": None, "padding": None}
-    return tree | {"post_processor": _renumbered(tree["post_processor"], numbers)}
+    return tree | {"post_processor": _special(tree["post_processor"], numbers)}
 
 
-def _renumbered(node: Any, numbers: dict[str, int]) -> Any:
+def _special(node: Any, numbers: dict[str, int]) -> Any:
     """A post-processor, which has special tokens by name and number."""
     if isinstance(node, list):
         if len(node) == 2 and isinstance(node[0], str) and isinstance(node[1], int):  # of BERT's and RoBERTa's
             return [node[0], numbers[node[0]]]
-        return [_renumbered(one, numbers) for one in node]
+        return [_special(one, numbers) for one in node]
     if not isinstance(node, dict):
         return node
     if "ids" in node and "tokens" in node:
         return {**node, "ids": [numbers[token] for token in node["tokens"]]}
-    return {key: _renumbered(value, numbers) for key, value in node.items()}
+    return {key: _special(value, numbers) for key, value in node.items()}
