@@ -23,7 +23,7 @@ import hybridtune
 from hybridtune import checkpoint, vocabulary
 from hybridtune import model as models
 from hybridtune.console import Console
-from hybridtune.errors import ModelError, RecipeError, RunError
+from hybridtune.errors import MethodError, ModelError, RecipeError, RunError
 from hybridtune.recipe import Recipe, Vocabulary
 
 QUIET = Console(quiet=True)
@@ -350,6 +350,17 @@ def test_handed_over(bert: Path, tmp_path: Path, kind: str) -> None:
         (tmp_path / kind / "tokenizer.json").write_text((bert / "tokenizer.json").read_text())
         with pytest.raises(RunError, match="not the one that the model was trained with"):
             hybridtune.load(tmp_path / kind)
+
+
+def test_nothing_wraps_a_table_with_new_rows(bert: Path, tmp_path: Path) -> None:
+    """An update of the table, folded in, would miss the new rows: LoRA on all leaves it out, on it alone is refused."""
+    rules = [{"part": "re:.*word_embeddings", "method": "lora"}]
+    with pytest.raises(MethodError, match="no matrix is left there"):
+        tune(bert, tmp_path / "no", vocabulary=ADD, strategy=[{"rules": rules}])
+    run = tune(bert, tmp_path / "run", vocabulary=ADD, strategy=[{"rules": [{"part": "all", "method": "lora"}]}])
+    (stage,) = (run.folder / "stages").iterdir()
+    assert not any("word_embeddings.lora" in name for name in delta(stage))
+    assert run.evaluation["model_difference"] < 1e-5
 
 
 class Stop(TrainerCallback):
