@@ -341,12 +341,13 @@ def _vocabulary(
     if begun is not None:
         return begun, plain
     columns = [*task.inputs, *([task.target] if task.writes else [])]
+    columns = [name for name in columns if name in rows["train"].column_names]
 
     def texts() -> Iterator[list[str]]:
         yield [re.sub(r"\{\w+\}", "", recipe.template or "")]
         for batch in batches(rows["train"], columns):
             for values in batch:
-                yield [" ".join(map(str, one)) if isinstance(one, list) else as_text(one) for one in values]
+                yield list(map(_plain, values))
 
     def cut(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
         task.prepare(of.model, tokenizer)
@@ -359,6 +360,13 @@ def _vocabulary(
 
     of = trial.bare(recipe, task).loaded  # is told how to write, which `plain` shall not be
     return vocabulary.change(recipe.vocabulary, of, texts, cut), plain
+
+
+def _plain(value: Any) -> str:
+    """All that a value says: words of a row, turns of a conversation."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return " ".join(map(_plain, value)) if isinstance(value, list) else as_text(value)
 
 
 def _say_vocabulary(before: models.Loaded, after: models.Loaded, console: Console) -> dict[str, Any]:
