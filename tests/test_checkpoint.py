@@ -343,16 +343,16 @@ def test_a_fingerprint_is_taken_in_pieces_and_is_that_of_the_whole(monkeypatch: 
     ],
 )  # fmt: skip
 def test_the_kinds_that_are_possible(rules: list[Rule], kinds: list[str], bases: Callable[[str], Path]) -> None:
-    assembly, _ = tiny.assembly(bases("bert"), num_labels=3)
+    assembly, base = tiny.assembly(bases("bert"), num_labels=3)
     assembly.begin(Stage(rules=rules))
-    assert export.kinds(assembly) == kinds
+    assert export.kinds(assembly, base) == kinds
 
 
 def test_a_lora_inside_what_peft_takes_whole_is_no_peft_adapter(tmp_path: Path) -> None:
     """PEFT brings a classifier whole: LoRA below it would be lost."""
-    assembly, _ = tiny.assembly(tiny.save_pretrained(tmp_path, "roberta"))
+    assembly, base = tiny.assembly(tiny.save_pretrained(tmp_path, "roberta"))
     assembly.begin(Stage(rules=[LORA, tiny.rule(r"re:classifier\.dense", "lora", r=2)]))
-    assert export.kinds(assembly) == ["checkpoint", "delta"]
+    assert export.kinds(assembly, base) == ["checkpoint", "delta"]
 
 
 def without_pad(folder: Path) -> Path:

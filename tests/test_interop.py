@@ -83,7 +83,7 @@ def test_every_strategy_that_merges_is_a_plain_checkpoint(bases: Bases, tmp_path
         for name in built_in_strategies():
             stages, where = resolve(load_strategy(name), Training(), start, 32)[0].stages, f"{architecture} {name}"
             made = tune(tmp_path / where, base, *stages)
-            kinds[name] = export.kinds(made.assembly)
+            kinds[name] = export.kinds(made.assembly, made.base)
             if "checkpoint" in kinds[name]:
                 ready[where] = made
         assert {name for name, found in kinds.items() if found == ["delta"]} == STAY_DELTAS[architecture]

@@ -245,8 +245,11 @@ class Anatomy:
         return Part(name, tuple(modules), own, matrices, blocks, roles, norms)
 
     def _is_matrix(self, module: str) -> bool:
-        """Whether it can have an update of its own: a tied matrix is also another's, which would not get it."""
-        return isinstance(self._modules[module], MATRIX) and self._canonical[f"{module}.weight"] not in self.tied
+        """Whether it can have an update of its own: a tied matrix is also another's, which would not get it, and an
+        update folded into a table would miss the rows that stand in for its own."""
+        found = self._modules[module]
+        plain = isinstance(found, MATRIX) and not any(True for _ in found.children())
+        return plain and self._canonical[f"{module}.weight"] not in self.tied
 
     def _filtered(self, name: str, roots: tuple[str, ...], what: str) -> Part:
         """The norms or the biases inside some modules."""

@@ -97,6 +97,7 @@ def tune(
         compute_metrics,
         folders.begun_in_bf16(folder) if resume else None,
         own,
+        folders.begun_with(folder) if resume else None,
     )
     machine["bf16"] = str(setting.precision)
 

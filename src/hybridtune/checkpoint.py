@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import model as models
+from . import vocabulary
 from .anatomy import Anatomy
 from .compose import Assembly, Attachment
 from .errors import ModelError, RunError
@@ -45,6 +46,7 @@ class Base:
         fingerprint: of its weights, new ones left out.
         auto_class: the transformers Auto class.
         config: values set in its configuration.
+        vocabulary: digest of another tokenizer than its own, that lies beside the delta; None where it has its own.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Base:
     auto_class: str
     config: dict[str, Any]
     trust_remote_code: bool = False
+    vocabulary: str | None = None
 
     def beside(self, folder: Path) -> Base:
         """The base as an adapter in a folder means it: a changed one lies there."""
@@ -232,6 +235,7 @@ def load(folder: Path) -> tuple[models.Loaded, Assembly, dict[str, Any]]:
     base = Base(**manifest["base"])
     loaded = load_base(base)
     check_fingerprint(loaded, base, folder)
+    loaded = with_vocabulary(loaded, base, folder)
     return loaded, rebuild(folder, manifest, loaded, loaded.new), manifest
 
 
@@ -290,6 +294,27 @@ def load_base(base: Base, tokenizer_from: str | None = None) -> models.Loaded:
         tokenizer_from=tokenizer_from,
         **config,
     )
+
+
+def with_vocabulary(loaded: models.Loaded, base: Base, folder: Path) -> models.Loaded:
+    """A base, loaded with its own tokenizer, with the vocabulary that the delta in a folder was trained with.
+
+    Raises:
+        ModelError: the folder has no tokenizer.
+        RunError: it has another one.
+    """
+    if base.vocabulary is None:
+        return loaded
+    tokenizer = models.load_tokenizer(str(folder))
+    found = vocabulary.digest(tokenizer)
+    if found != base.vocabulary:
+        raise RunError(
+            f"{folder}: its tokenizer is not the one that the model was trained with",
+            found=f"pieces with digest {found}",
+            expected=f"digest {base.vocabulary}",
+            mend="copy the folder again, whole",
+        )
+    return vocabulary.follow(loaded, tokenizer)
 
 
 def _sha256(path: Path) -> str:

@@ -81,7 +81,8 @@ def _tuned(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     _bind(model)
     if strategy is not None:
         made = Strategy(**strategy)
-        model._hybridtune = Tuned.by(made.name, made.stages[-1], assembly, Base(**manifest["base"]))  # type: ignore[assignment]
+        base = Base(**manifest["base"])
+        model._hybridtune = Tuned.by(made.name, made.stages[-1], assembly, base, loaded.tokenizer)  # type: ignore[assignment]
     return model
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from safetensors.torch import save_file
 
-from . import __version__, checkpoint, methods, own_file, predict, tasks
+from . import __version__, checkpoint, methods, own_file, predict, tasks, vocabulary
 from .checkpoint import ABOUT, BASE, Base
 from .compose import Assembly, Attachment
 from .errors import RunError
@@ -39,11 +39,11 @@ _KEPT_BY_PEFT = {
 }
 
 
-def kinds(assembly: Assembly) -> list[Kind]:
+def kinds(assembly: Assembly, base: Base) -> list[Kind]:
     """The kinds that this model can be handed over as, the best first."""
     found: list[Kind] = ["delta"] if assembly.unmergeable() else ["checkpoint", "delta"]
     if _no_adapter(assembly) is None:
-        found.insert(len(found) if _changed_body(assembly) else 0, "adapter")
+        found.insert(len(found) if _other_base(assembly, base) else 0, "adapter")
     return found
 
 
@@ -64,7 +64,8 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
     """
     loaded, assembly, manifest = checkpoint.load(stage)
     checkpoint.require(stage / checkpoint.MANIFEST, manifest, ("task", "max_length", "strategy", "stage"))
-    possible = kinds(assembly)
+    base = Base(**manifest["base"])
+    possible = kinds(assembly, base)
     if kind is not None and kind not in possible:
         raise RunError(
             f"kind {kind}: this model cannot be handed over so",
@@ -72,16 +73,17 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
             expected=" or ".join(possible),
         )
     kind = kind or possible[0]
-    base = Base(**manifest["base"])
     task = task or tasks.from_state(manifest["task"])
     task.prepare(loaded.model, loaded.tokenizer)
+    if kind != "delta":
+        vocabulary.fold(loaded.model)
     with new_folder(folder) as home:
         if kind == "delta":
             told = {key: manifest[key] for key in ("max_length", "strategy", "stage")}
             checkpoint.write(home, assembly, base, task=task.state(), **told)
             loaded.model.config.save_pretrained(home)
         elif kind == "adapter":
-            if _changed_body(assembly):
+            if _other_base(assembly, base):
                 base = _write_base(home / BASE, loaded, assembly, base)
             _write_peft(home, assembly, base, folder)
             loaded.model.config.save_pretrained(home)  # the names of the labels, which no adapter holds
@@ -151,8 +153,10 @@ def _said(reasons: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def _changed_body(assembly: Assembly) -> bool:
-    """Whether more than the head was changed of the model's own weights."""
+def _other_base(assembly: Assembly, base: Base) -> bool:
+    """Whether more than the head was changed of the model's own weights, or its vocabulary."""
+    if base.vocabulary:
+        return True
     anatomy = assembly.anatomy
     body = {*anatomy.part("layers").parameters, *anatomy.part("embeddings").parameters} - set(anatomy.new)
     return bool(assembly.changed & (body | anatomy.tied))
@@ -166,7 +170,7 @@ def _write_base(folder: Path, loaded: Loaded, assembly: Assembly, base: Base) ->
     with quiet():
         plain.model.save_pretrained(folder)  # type: ignore[operator]
     loaded.tokenizer.save_pretrained(folder)
-    return replace(base, name=BASE, revision=None, fingerprint=fingerprint(plain.model))
+    return replace(base, name=BASE, revision=None, fingerprint=fingerprint(plain.model), vocabulary=None)
 
 
 def _kept_whole(assembly: Assembly) -> list[str]:

@@ -10,10 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from . import model as models
 from . import yaml12
 from .data.reading import read, sources
 from .errors import RunError, UserError
-from .files import read_json, write_json, write_text
+from .files import new_folder, read_json, write_json, write_text
 from .recipe import Recipe, Strategy
 from .trial import RESULT, Setting, Trial
 
@@ -23,7 +26,8 @@ _OWN_FILES = (
     *(_RESOLVED, "environment.json", "data.json", "plan.json", "decision.json", "evaluation.json"),
     *("explanation.json", "predictions.jsonl", "report.html", "rejected.jsonl", _ASKED),
 )
-_OWN_FOLDERS = ("trials", "stages", "model")
+_TOKENIZER = "tokenizer"  # where the recipe changes the vocabulary
+_OWN_FOLDERS = ("trials", "stages", "model", _TOKENIZER)
 # Keys that a resumed run may have changed.
 _FREE = {"output", "defaults", "data", "strategy", "push_to_hub", "hub_model_id", "hub_private_repo"}
 
@@ -134,6 +138,9 @@ def begin(
     else:
         clear(folder)
     recipe = setting.recipe
+    if setting.tokenizer is not None:
+        with new_folder(folder / _TOKENIZER) as home:
+            setting.tokenizer.save_pretrained(home)
     write_json(folder / _ASKED, _asked(recipe))
     for name, value in files.items():
         write_json(folder / name, value)
@@ -154,6 +161,12 @@ def begun_in_bf16(folder: Path) -> bool | None:
     """Whether the run in a folder was begun in bf16; None where none was begun."""
     resolved = folder / _RESOLVED
     return yaml12.load(resolved.read_text("utf-8")).get("bf16") if resolved.is_file() else None
+
+
+def begun_with(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the run in a folder has made; None where it has made none."""
+    made = folder / _TOKENIZER
+    return models.load_tokenizer(str(made)) if made.is_dir() else None
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from . import console as consoles
 from . import model as models
-from . import own_file, survey, trial
+from . import own_file, survey, trial, vocabulary
 from .console import Console
 from .data import split
 from .data.bars import no_bars
@@ -244,6 +245,7 @@ def setting_of(
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     begun: bool | None = None,
     own: OwnMetrics | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Setting, dict[str, Any]]:
     """Loads the model once, to plan every candidate on it and to cut the rows into what tokens they leave room for.
 
@@ -253,6 +255,7 @@ def setting_of(
         callbacks, compute_metrics: the user's own.
         begun: of a resumed run, whether it was begun in bf16.
         own: metrics of the user's own.
+        tokenizer: of a resumed run, whose vocabulary the model had.
 
     Returns:
         What all trials share, and what data.json says of the rows' lengths.
@@ -263,7 +266,8 @@ def setting_of(
             asked for.
     """
     chosen = precision.choose(recipe, models.pick_device(recipe.device), begun)
-    start = trial.load(recipe, task)
+    tokenizer, plain = _vocabulary(recipe, task, rows, tokenizer)
+    start = trial.load(recipe, task, tokenizer)
     loaded = start.loaded
     training = Training(**{key: getattr(recipe, key) for key in Training.model_fields})
     width = models.width(loaded.model)
@@ -277,6 +281,7 @@ def setting_of(
     encoded = {name: table for name, (table, _) in sifted.items()}
     size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
     depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in start.assembly.anatomy.depth.items())
+    told = _say_vocabulary(plain, loaded, console) if plain is not None else {}
     console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")
     if start.assembly.attachments:
         there = "; ".join(map(str, start.assembly.attachments))
@@ -311,13 +316,77 @@ def setting_of(
         callbacks,
         compute_metrics,
         folds=_folds(recipe, task, rows, loaded, limit) if recipe.data.folds else (),
+        tokenizer=tokenizer,
     )
-    told = {"lengths": lengths, **_target_lengths(task, limit, encoded, console)}
+    told |= {"lengths": lengths, **_target_lengths(task, limit, encoded, console)}
     if recipe.data.survey:
         told |= _doubts(recipe, task, loaded, rows, encoded, console)
     if odd:
         told["doubts"] = [*told.get("doubts", []), *(finding.as_dict() for finding in odd)]
     return shared, told
+
+
+def _vocabulary(
+    recipe: Recipe, task: Task, rows: dict[str, Dataset], begun: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase | None, models.Loaded | None]:
+    """The tokenizer whose vocabulary the model gets, where the recipe asks for another, and the model without it.
+
+    Raises:
+        ModelError: it cannot be done with this model or its tokenizer.
+    """
+    if recipe.vocabulary is None:
+        return None, None
+    plain = trial.bare(recipe, task).loaded
+    if begun is not None:
+        return begun, plain
+    columns = [*task.inputs, *([task.target] if task.writes else [])]
+    columns = [name for name in columns if name in rows["train"].column_names]
+
+    def texts() -> Iterator[list[str]]:
+        yield [re.sub(r"\{\w+\}", "", recipe.template or "")]
+        for batch in batches(rows["train"], columns):
+            for values in batch:
+                yield list(map(_plain, values))
+
+    def cut(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+        task.prepare(of.model, tokenizer)
+        limit = models.token_limit(of.model, tokenizer, recipe.max_length)
+        for name in ("train", "validation"):
+            items = task.encode(rows[name], tokenizer, limit)
+            for column in ("input_ids", *(["labels"] if task.writes else [])):
+                for ids in items[column][:]:
+                    yield [one for one in ids if one >= 0]  # what is not learnt has no token
+
+    of = trial.bare(recipe, task).loaded  # is told how to write, which `plain` shall not be
+    return vocabulary.change(recipe.vocabulary, of, texts, cut), plain
+
+
+def _plain(value: Any) -> str:
+    """All that a value says: words of a row, turns of a conversation."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return " ".join(map(_plain, value)) if isinstance(value, list) else as_text(value)
+
+
+def _say_vocabulary(before: models.Loaded, after: models.Loaded, console: Console) -> dict[str, Any]:
+    """How many pieces there were and are, and what became of the model's size, for data.json."""
+    known, found = before.tokenizer.get_vocab(), after.tokenizer.get_vocab()
+    new = [piece for piece in sorted(found, key=found.__getitem__) if piece not in known]
+    sizes = [sum(parameter.nbytes for parameter in one.model.parameters()) for one in (before, after)]
+    shown = f": {' '.join(new[:_SHOWN_LABELS])}" + (" ..." if len(new) > _SHOWN_LABELS else "") if new else ""
+    console.line(
+        f"  vocabulary: {len(found) - len(new):,} of {len(known):,} pieces kept, {len(new):,} new{shown}; "
+        f"{' -> '.join(map(consoles.memory, sizes))} of weights"
+    )
+    return {
+        "vocabulary": {
+            "pieces_before": len(known),
+            "pieces": len(found),
+            "new": len(new),
+            "bytes_before": sizes[0],
+            "bytes": sizes[1],
+        }
+    }
 
 
 def _folds(

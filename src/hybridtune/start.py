@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
 
-from . import checkpoint, methods
+from . import checkpoint, methods, vocabulary
 from . import model as models
 from .anatomy import Anatomy
 from .checkpoint import ABOUT, MANIFEST, Base
@@ -50,7 +51,13 @@ class Start:
 
 
 def load(
-    name: str, auto_class: str, config: dict[str, Any], *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    auto_class: str,
+    config: dict[str, Any],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Start:
     """Loads a model to be tuned.
 
@@ -60,13 +67,21 @@ def load(
         config: values that the configuration gets, such as num_labels.
         revision: commit, tag or branch on the hub.
         trust_remote_code: whether code that comes with the model may run.
+        tokenizer: that the model's vocabulary is to follow, where it is not its own.
 
     Raises:
-        ModelError: it cannot be loaded, cannot do the task, or is an adapter that cannot be gone on with.
+        ModelError: it cannot be loaded, cannot do the task or have another vocabulary, or is an adapter that cannot be
+            gone on with.
         RunError: a run's files are damaged.
     """
     folder = Path(name) / "model" if (Path(name) / "model" / ABOUT).is_file() else Path(name)
     asked = Base(name, revision, "", auto_class, config, trust_remote_code)
+    if tokenizer is not None and ((folder / MANIFEST).is_file() or (folder / _PEFT).is_file()):
+        raise ModelError(
+            f"model {name}: an adapter or a delta belongs to a vocabulary, which cannot be changed under it",
+            expected="a plain model",
+            mend="`hybridtune export RUN --kind checkpoint`, and give that folder; or leave vocabulary away",
+        )
     if (folder / MANIFEST).is_file():
         return _from_delta(folder, asked)
     if (folder / _PEFT).is_file():
@@ -77,6 +92,9 @@ def load(
     base = replace(asked, auto_class=loaded.auto_class, fingerprint=models.fingerprint(loaded.model, loaded.new))
     if own and _labels(own) != _labels(asked):
         loaded, head = _with_fresh_head(loaded)
+    if tokenizer is not None:
+        loaded = vocabulary.follow(loaded, copy.deepcopy(tokenizer))
+        base = replace(base, vocabulary=vocabulary.digest(tokenizer))
     new = tuple(sorted(head.union(loaded.new)))
     return Start(replace(loaded, new=new), Assembly(loaded.model, Anatomy(loaded.model, new)), base)
 
@@ -88,6 +106,7 @@ def _from_delta(folder: Path, asked: Base) -> Start:
     head = set[str]()
     if _labels(told) != _labels(asked):
         loaded, head = _with_fresh_head(loaded)
+    loaded = checkpoint.with_vocabulary(loaded, told, folder)
     new = tuple(sorted(set(loaded.new) - set(manifest["changed"]) | head))
     assembly = checkpoint.rebuild(folder, manifest, loaded, new, without=new)
     assembly.changed.update(new)
@@ -168,7 +187,8 @@ def _load_base(told: Base, asked: Base, folder: Path) -> tuple[Loaded, Base]:
             f"model: {told.name}",
         )
     base = replace(told, auto_class=asked.auto_class, config=asked.config, trust_remote_code=asked.trust_remote_code)
-    tokenizer, as_told = _tokenizer(folder), replace(base, config=told.config)
+    tokenizer = None if told.vocabulary else _tokenizer(folder)
+    as_told = replace(base, config=told.config)
     same = len(_labels(told)) == len(_labels(asked))
     if not same:  # a head that the base has of its own is new for other numbers of labels: another fingerprint
         checkpoint.check_fingerprint(checkpoint.load_base(as_told, tokenizer), as_told, folder)

@@ -288,7 +288,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if not self.in_place:
-            self.model._hybridtune = Tuned.by(str(stage.name), stage, self.assembly, self.base)
+            self.model._hybridtune = Tuned.by(str(stage.name), stage, self.assembly, self.base, self._tokenizer)
             self.model.save_pretrained = MethodType(save_pretrained, self.model)
         for callback in self.callback_handler.callbacks:  # else all stages' curves lie over one another
             if isinstance(callback, TensorBoardCallback) and not self.in_place:
@@ -314,6 +314,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             return
         if not self.in_place:
             self._write(log.folder, stage=stage.name)
+            if self.base is not None and self.base.vocabulary:  # the delta cannot be loaded without it
+                self._tokenizer.save_pretrained(log.folder)
         log.write_metrics()
         self._tidy(stage, log.folder)
 
@@ -327,6 +329,12 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             staging.forget(folder)
         elif limit == 1 and (folder / best).is_dir():
             staging.thin_out(folder, 1, {best})
+
+    @property
+    def _tokenizer(self) -> Any:
+        found = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        there: Tuned | None = getattr(self.model, "_hybridtune", None)
+        return found or (there.tokenizer if there else None)
 
     @property
     def _task(self) -> tasks.Task | None:
@@ -658,12 +666,11 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
     def _not_a_number(self) -> TrainingError:
         assert self._log is not None
         self.model.eval()
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         return guard.not_a_number(
             str(self._log.stage.name),
             self.state.global_step + 1,
             "gradient" if bool(torch.isfinite(self._update_loss)) else "loss",
-            guard.name_rows(self._update, self.train_dataset, tokenizer),
+            guard.name_rows(self._update, self.train_dataset, self._tokenizer),
             guard.culprits(self._update, lambda row: self.compute_loss(self.model, self._prepare_inputs(row))),
             guard.are_numbers(self.model),
             guard.last_good(self.stage_folders[: self.stage_folders.index(self._log.folder) + 1]),
@@ -770,9 +777,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         self._write(folder)
         if folder.parent != self._aside:
             self.model.config.save_pretrained(folder)
-            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads what `_save` has written."""

@@ -59,6 +59,7 @@ class Setting:
         precision: what is computed in.
         own_metrics, callbacks, compute_metrics: the user's own.
         caches: what frozen layers give the rows.
+        tokenizer: whose vocabulary the model gets; None leaves it its own.
     """
 
     recipe: Recipe
@@ -75,6 +76,7 @@ class Setting:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     caches: Caches = field(default_factory=Caches)
     folds: Sequence[tuple[Dataset, Dataset, Dataset]] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def of_fold(self, fold: int | None) -> Setting:
         """The setting of a trial that was validated on a fold; without folds, this one."""
@@ -91,24 +93,30 @@ class Setting:
 
     def load(self) -> Start:
         """Loads the model afresh, made ready for the task."""
-        return load(self.recipe, self.task)
+        return load(self.recipe, self.task, self.tokenizer)
 
 
-def load(recipe: Recipe, task: Task) -> Start:
-    """Loads a recipe's model, made ready for the task.
+def load(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase | None = None) -> Start:
+    """Loads a recipe's model, made ready for the task, with the vocabulary of a tokenizer where one is given.
 
     Raises:
         ModelError: the model cannot be loaded or cannot do the task.
     """
-    start = starts.load(
+    start = bare(recipe, task, tokenizer)
+    task.prepare(start.loaded.model, start.loaded.tokenizer)
+    return start
+
+
+def bare(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase | None = None) -> Start:
+    """The same, not made ready."""
+    return starts.load(
         recipe.model,
         task.auto_class,
         task.model_config(),
         revision=recipe.revision,
         trust_remote_code=recipe.trust_remote_code,
+        tokenizer=tokenizer,
     )
-    task.prepare(start.loaded.model, start.loaded.tokenizer)
-    return start
 
 
 @dataclass(frozen=True)

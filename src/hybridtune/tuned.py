@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, vocabulary
 from .checkpoint import Base
 from .compose import Assembly
 from .errors import RecipeError
@@ -23,16 +23,19 @@ class Tuned:
         assembly: the model and what is on it.
         base: what it was loaded from.
         strategy: the one stage that a trainer without a strategy of its own runs.
+        tokenizer: whose vocabulary the model has, where it is not that of its base.
     """
 
     assembly: Assembly
     base: Base
     strategy: Strategy
+    tokenizer: Any = None
 
     @classmethod
-    def by(cls, strategy: str, stage: Stage, assembly: Assembly, base: Base) -> Tuned:
+    def by(cls, strategy: str, stage: Stage, assembly: Assembly, base: Base, tokenizer: Any = None) -> Tuned:
         """What a stage has put there. Its rules are trained on; for how long, the next trainer's arguments say."""
-        return cls(assembly, base, Strategy(name=strategy, stages=[Stage(name=stage.name, rules=stage.rules)]))
+        only = Strategy(name=strategy, stages=[Stage(name=stage.name, rules=stage.rules)])
+        return cls(assembly, base, only, tokenizer if base.vocabulary else None)
 
 
 def save_pretrained(
@@ -60,6 +63,7 @@ def save_pretrained(
     if there is None or not there.assembly.attachments:
         if is_main_process:  # an earlier delta would be read instead
             (Path(save_directory) / checkpoint.MANIFEST).unlink(missing_ok=True)
+        model = vocabulary.folded(model)
         type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         return
     undone = ["state_dict"] if state_dict is not None else []
@@ -76,5 +80,7 @@ def save_pretrained(
         strategy = there.strategy.model_dump(mode="json", exclude_none=True)
         checkpoint.write(folder, there.assembly, there.base, strategy=strategy)
         model.config.save_pretrained(folder)
+        if there.tokenizer is not None:
+            there.tokenizer.save_pretrained(folder)
         if push_to_hub:  # saves once more, into a folder of its own
             model.push_to_hub(kwargs.pop("repo_id", folder.resolve().name), **kwargs)

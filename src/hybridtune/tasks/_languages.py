@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, unknown
@@ -22,9 +21,11 @@ def set_languages(
     Raises:
         ModelError: the model needs codes and they are missing or unknown to it.
     """
+    from ..vocabulary.grow import codes
+
     if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
         return
-    known = _codes(tokenizer)
+    known = codes(tokenizer)
     for key, code in (("target_language", target), ("source_language", source)):
         if code not in known:
             raise ModelError(
@@ -44,12 +45,6 @@ def set_languages(
         settings.forced_bos_token_id = None
 
 
-def _codes(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    """The codes that a tokenizer knows: by a table, or as its special tokens besides the usual ones."""
-    table = getattr(tokenizer, "lang_code_to_id", None)
-    return list(table) if table else list(getattr(tokenizer, "extra_special_tokens", None) or [])
-
-
 def _id_of(tokenizer: PreTrainedTokenizerBase, code: str) -> int:
-    table = getattr(tokenizer, "lang_code_to_id", None)
-    return int(table[code]) if table else int(tokenizer.convert_tokens_to_ids(code))
+    table = getattr(tokenizer, "lang_code_to_id", None) or {}
+    return int(table[code]) if code in table else int(tokenizer.convert_tokens_to_ids(code))
