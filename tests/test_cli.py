@@ -667,10 +667,14 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> No
     shown.begin("bar", 3)
     shown.advance(3)
     shown.finish()
+    with shown.watch("texts") as watch:
+        watch(1, 7)
+        watch(7, 7)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "1/5 goal: [x]" in plain
     assert re.search(r"a strategy with a long name +0\.912 \[0\.880, 0\.938\] +1\.2M", plain)
     assert "3/3" in plain
+    assert re.search(r"texts .*7/7", plain)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,13 @@ def writer(name: str, **more: Any) -> tuple[Task, Any, Any]:
     return task, model, tokenizer
 
 
+def test_who_watches_is_told_after_every_batch() -> None:
+    task, model, tokenizer = writer("t5", settings={"max_new_tokens": 2})
+    items, told = task.encode(Dataset.from_list(ROWS), tokenizer, 64), list[tuple[int, int]]()
+    answer.answers(model, task, items, tokenizer, 2, lambda *done: told.append(done))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_batch_writes_what_each_row_by_itself_does(name: str, labelled: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,16 @@ from .tasks import Task
 
 BATCH = 32  # items at a time
 Compute = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+Watch = Callable[[int, int], Any]  # is told how many items are done, of how many
 
 
 def answers(
-    model: PreTrainedModel, task: Task, items: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    model: PreTrainedModel,
+    task: Task,
+    items: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    watch: Watch | None = None,
 ) -> list[np.ndarray]:
     """What a model answers: for every item its logits, float32, or the tokens that it wrote, int64.
 
@@ -36,6 +43,7 @@ def answers(
         lambda batch: task.respond(model, batch),
         per_token=task.per_token,
         fast=not task.writes,
+        watch=watch,
     )
 
 
@@ -48,6 +56,7 @@ def run(
     *,
     per_token: bool = False,
     fast: bool = True,
+    watch: Watch | None = None,
 ) -> list[np.ndarray]:
     """Computes something of all items.
 
@@ -59,6 +68,7 @@ def run(
         compute: of a batch, something with an entry for each of its items.
         per_token: whether that has a place for every token.
         fast: whether it runs through the engine, without padding.
+        watch: is told after every batch.
 
     Returns:
         An array an item, in their order; of what has a place for every token, without those of padding.
@@ -95,4 +105,6 @@ def run(
             for number, answer in zip(numbers, given, strict=True):
                 results[number] = answer[: len(rows[number]["input_ids"])] if per_token else answer
             del order[: len(numbers)]
+            if watch is not None:
+                watch(len(rows) - len(order), len(rows))
     return [results[number] for number in range(len(rows))]

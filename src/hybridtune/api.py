@@ -167,7 +167,7 @@ def _evaluate(
     setting: Setting, decision: Decision, rows: dict[str, Dataset], folder: Path, console: Console
 ) -> dict[str, Any]:
     evaluation, scores, task = evaluate.evaluate(
-        setting, decision, rows["train"], rows["test"], setting.recipe.baselines
+        setting, decision, rows["train"], rows["test"], setting.recipe.baselines, console
     )
     last = decision.trial.stages[-1]
     kind, snippet = export.write(folder / "model", last, task=task)

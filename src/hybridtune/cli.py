@@ -204,7 +204,8 @@ def predict(
                 rows = api.rows_for_prediction(path, doubts.append)
         elif texts == ["-"]:
             rows = sys.stdin.read().splitlines()
-        predictions = api.with_inputs(rows, tuned.predict(rows, _columns(column), doubts.append, source))
+        with console.watch("predict") as tuned.predictor.watch:
+            predictions = api.with_inputs(rows, tuned.predict(rows, _columns(column), doubts.append, source))
         if not as_json:
             for doubt in doubts:  # not among the predictions, which may go into a pipe
                 print(f"warning: {doubt}", file=sys.stderr)
@@ -240,7 +241,8 @@ def evaluate(
         from . import console as consoles
         from .progress import say_numbers
 
-        result = api.evaluate_run(run, data, device, _columns(column))
+        with console.watch("evaluate") as watch:
+            result = api.evaluate_run(run, data, device, _columns(column), watch)
         for finding in result.get("findings", []):  # of new rows; those of the run's own were told when tuning
             say = console.warn if finding["level"] == "warning" else lambda text: console.line(f"  - {text}")
             say(f"{finding['count']} x {finding['kind']}: {finding['did']}")

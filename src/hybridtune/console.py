@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO
 
 from rich.console import Console as RichConsole
@@ -74,6 +75,20 @@ class Console:
         """Moves the progress bar to `done`."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done)
+
+    @contextmanager
+    def watch(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows a progress bar of work that tells how much is done, of how much."""
+
+        def told(done: int, total: int) -> None:
+            if self._progress is None:
+                self.begin(title, total)
+            self.advance(done)
+
+        try:
+            yield told
+        finally:
+            self.finish()
 
     def finish(self) -> None:
         """Takes the progress bar away."""

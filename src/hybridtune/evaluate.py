@@ -51,7 +51,7 @@ def score(predictor: predict.Predictor, rows: Dataset, own: OwnMetrics | None = 
 
 
 def evaluate(
-    setting: Setting, decision: Decision, train: Dataset, test: Dataset, with_baselines: bool
+    setting: Setting, decision: Decision, train: Dataset, test: Dataset, with_baselines: bool, console: consoles.Console
 ) -> tuple[dict[str, Any], Scores, Task]:
     """Scores every trial and the baselines on the test rows.
 
@@ -61,15 +61,16 @@ def evaluate(
         train: rows that the baselines learn from.
         test: rows that nothing has been trained or chosen on.
         with_baselines: whether baselines are made.
+        console: shows how far the answers are.
 
     Returns:
         What evaluation.json says, the chosen model's scores, and its task with what was fitted on validation rows.
     """
     scores, fitted = {}, {}
     for trial in (trial for candidate in decision.candidates for trial in candidate.trials):
-        predictor = fit(_predictor(setting, trial), setting.of_fold(trial.fold))
-        key = trial.folder
-        scores[key], fitted[key] = score(predictor, test, setting.own_metrics), predictor.task
+        predictor, key = fit(_predictor(setting, trial), setting.of_fold(trial.fold)), trial.folder
+        with console.watch(f"{trial.strategy}, test rows") as predictor.watch:
+            scores[key], fitted[key] = score(predictor, test, setting.own_metrics), predictor.task
     best, task = scores[decision.trial.folder], fitted[decision.trial.folder]
     baselines, failed = _baselines(setting, train, test) if with_baselines else ([], [])
     candidates = []

@@ -34,6 +34,8 @@ class Predictor:
         tokenizer: its tokenizer.
         task: knows columns and labels.
         limit: rows are cut after that many tokens.
+        batch_size: items at a time.
+        watch: is told how many of them are done, of how many.
     """
 
     model: PreTrainedModel
@@ -41,6 +43,7 @@ class Predictor:
     task: Task
     limit: int
     batch_size: int = answer.BATCH
+    watch: answer.Watch | None = None
 
     def predict(
         self,
@@ -78,7 +81,7 @@ class Predictor:
 
     def logits(self, items: Dataset) -> list[np.ndarray]:
         """The model's answers, an array an item, in their order: logits, or the tokens that it writes."""
-        return answer.answers(self.model, self.task, items, self.tokenizer, self.batch_size)
+        return answer.answers(self.model, self.task, items, self.tokenizer, self.batch_size, self.watch)
 
     def encode(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
         """Token ids of rows that need no labels."""

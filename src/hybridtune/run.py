@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 
 from . import evaluate, export, predict
+from .answer import Watch
 from .data.reading import read
 from .errors import HybridtuneError, RunError, first_line, unknown
 from .files import read_json
@@ -155,14 +156,22 @@ class Run:
 
 
 def evaluate_run(
-    folder: Path, data: Any, device: str = "auto", columns: dict[str, str] | None = None
+    folder: Path,
+    data: Any,
+    device: str = "auto",
+    columns: dict[str, str] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """As `Run.evaluate`; the model is loaded only where there are rows.
+    """As `Run.evaluate`; the model is loaded only where there are rows. `watch` is told how many are done.
 
     Raises:
         RunError: the run is not finished.
     """
-    return evaluate.read_evaluation(folder) if data is None else Run(folder, device).evaluate(data, columns)
+    if data is None:
+        return evaluate.read_evaluation(folder)
+    run = Run(folder, device)
+    run.predictor.watch = watch
+    return run.evaluate(data, columns)
 
 
 def _own_metrics(folder: Path) -> str | list[str] | None:
