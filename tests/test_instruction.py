@@ -501,7 +501,7 @@ def test_scores() -> None:
 def test_baselines() -> None:
     train = table(talk("u:what is a boat", "a:ship"), talk("u:what is a cat", "a:pet"), talk("u:who are you", "a:pet"))
     test = table(talk("u:is a boat", "a:ship"))
-    found = {name: stats for name, _, stats in Task(script="latin").baselines(train, test, None)}
+    found = {name: stats for name, _, stats, _ in Task(script="latin").baselines(train, test, None)}
     assert {name: stats["exact_match"].tolist() for name, stats in found.items()} == {
         "frequent answer": [0.0], "echo": [0.0], "likest row": [1.0],
     }  # fmt: skip

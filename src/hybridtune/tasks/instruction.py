@@ -19,7 +19,7 @@ from ..data.checking.instruction import TURNS
 from ..data.checking.rows import batches, row_numbers, texts_of
 from ..data.checking.turns import ROLES, Turn, as_one_text, parted, settled, turns_of
 from ..errors import DataError, RecipeError
-from . import Stats, _rouge, _squad, baselines, metrics
+from . import Baseline, Stats, _rouge, _squad, baselines, metrics
 from ._chats import IGNORED, Chats, Item
 from ._generation import WritingTask
 from ._prompts import Prompts
@@ -347,21 +347,22 @@ class Task(WritingTask):
 
     def baselines(
         self, train: Dataset, test: Dataset, features: tuple[np.ndarray, np.ndarray] | None
-    ) -> list[tuple[str, str, Stats]]:
+    ) -> list[Baseline]:
         """The most frequent answer, the user's own words, and the answer to the likest conversation of train."""
         known = [gold for (gold,) in self.golds(train)]
         common = Counter(known).most_common(1)[0][0]
         said = [turns[-1]["content"] if turns else "" for turns in test["messages"][:]]
         likest = baselines.likest(texts_of(train, "conversation"), texts_of(test, "conversation"))
-        return [
-            ("frequent answer", "the most frequent answer of train", self.stats([common] * len(test), test)),
-            ("echo", "what the user says last", self.stats(said, test)),
+        made = [
+            ("frequent answer", "the most frequent answer of train", [common] * len(test)),
+            ("echo", "what the user says last", said),
             (
                 "likest row",
                 "the answer to the conversation of train whose words (tf-idf) are most alike",
-                self.stats([known[at] for at in likest], test),
+                [known[at] for at in likest],
             ),
         ]
+        return [Baseline(name, how, self.stats(texts, test), texts) for name, how, texts in made]
 
     @property
     def reading(self) -> str:
