@@ -112,3 +112,20 @@ def test_a_last_text_over_the_edge_of_a_block_is_looked_at(monkeypatch: pytest.M
 def test_a_length_that_holds_no_text_is_refused(asked: int | None, taken: int) -> None:
     with pytest.raises(ModelError, match="hold no text"):
         token_limit(tiny.classifier("bert"), tiny.tokenizer(), asked, taken)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "warned"),
+    [
+        ({"en": 0.9, "unsure": 0.1}, {"de": 1.0}, True),
+        ({"en": 0.9, "unsure": 0.1}, {"en": 0.4, "de": 0.2, "unsure": 0.4}, False),
+        ({"unsure": 1.0}, {"de": 1.0}, False),
+        ({"en": 1.0}, {"unsure": 1.0}, False),
+    ],
+)
+def test_another_language_is_told_where_both_are_known(
+    train: dict[str, float], test: dict[str, float], warned: bool
+) -> None:
+    out = io.StringIO()
+    survey.say_languages({"train": train, "test": test}, Console(stream=out))
+    assert ("test: most texts are" in out.getvalue()) is warned

@@ -17,7 +17,7 @@ from .console import Console
 from .data.checking.findings import EXAMPLES, SHOWN, Finding
 from .data.checking.rows import texts_of
 from .data.doubts.curve import Curve, learning_curve
-from .data.doubts.languages import languages
+from .data.doubts.languages import UNSURE, languages
 from .data.doubts.near import MOST_ROWS, Near, near_duplicates
 from .data.doubts.suspects import suspect_label_sets, suspect_labels, suspect_values
 from .model import Loaded
@@ -171,8 +171,8 @@ def say_languages(spoken: dict[str, dict[str, float]], console: Console) -> None
     def told(shares: dict[str, float]) -> str:
         return ", ".join(f"{code} {share:.0%}" for code, share in shares.items() if share >= FEW_LANGUAGES)
 
-    main = {name: max((c for c in of if c != "unsure"), key=of.__getitem__, default="") for name, of in spoken.items()}
+    main = {name: max((c for c in of if c != UNSURE), key=of.__getitem__, default=None) for name, of in spoken.items()}
     console.line(f"  languages of train: {told(spoken['train'])}")
     for name, code in main.items():
-        if code != main["train"]:
+        if None not in (code, main["train"]) and code != main["train"]:
             console.warn(f"{name}: most texts are {code}, those of train are {main['train']}: {told(spoken[name])}")
