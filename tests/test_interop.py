@@ -79,11 +79,11 @@ def test_every_strategy_that_merges_is_a_plain_checkpoint(bases: Bases, tmp_path
     ready: dict[str, Tuned] = {}
     for architecture in ("bert", "llama"):
         base, kinds = bases(architecture), {}
-        start, _ = tiny.assembly(base, **TASK.model_config())
+        start, plain = tiny.assembly(base, **TASK.model_config())
         for name in built_in_strategies():
             stages, where = resolve(load_strategy(name), Training(), start, 32)[0].stages, f"{architecture} {name}"
             made = tune(tmp_path / where, base, *stages)
-            kinds[name] = export.kinds(made.assembly, made.base)
+            kinds[name] = export.kinds(made.assembly, plain)
             if "checkpoint" in kinds[name]:
                 ready[where] = made
         assert {name for name, found in kinds.items() if found == ["delta"]} == STAY_DELTAS[architecture]
