@@ -199,6 +199,14 @@ def test_predict_reads_standard_input(run: Path, words: list[str], given: str, n
         assert [(line["row"], str(line["input"]["id"])) for line in lines] == list(zip(numbers, "78", strict=True))
 
 
+def test_a_line_of_standard_input_is_one_text(run: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["predict", str(run), "-"], input="\ufeffgood\u2028a\r\nbad\x0cb".encode())
+    assert [json.loads(line)["input"] for line in result.stdout.split("\n")[:-1]] == ["good\u2028a", "bad\x0cb"]
+    result = CliRunner().invoke(cli.app, ["predict", str(run), "-"], input=b"good\nb\xe4d\n")
+    assert result.exit_code == 2
+    assert "standard input, line 2: is not in UTF-8" in result.stderr
+
+
 def test_a_row_is_named_by_its_line(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["predict", str(run), "--input", "-"], input="id,text\n7,good\n8,\n")
     assert result.stderr == "warning: 1 of 2 rows are empty, their predictions mean nothing: stdin.csv:3\n"

@@ -353,6 +353,65 @@ def test_rows_that_are_no_conversations_are_refused(rows: Any, says: str) -> Non
         prepare._read(recipe, tasks.of(recipe), Notes())
 
 
+def messages(**row: Any) -> list[dict[str, str]]:
+    """What a row of columns becomes, the answer included."""
+    recipe = Recipe.make(model="m", task="instruction", train=[row])
+    made = prepare._read(recipe, tasks.of(recipe), Notes())[0]["train"]
+    return [*made["messages"][0], {"role": "assistant", "content": made["answer"][0]}]
+
+
+@pytest.mark.parametrize(
+    "output",
+    ['{"from": "Berlin", "to": "Rome"}', '{"role": "user", "name": "Ann"}', '[{"role": "user", "content": "x"}]', "[]"],
+)
+def test_an_answer_may_be_json(output: str) -> None:
+    assert messages(instruction='{"from": "here"} as JSON?', output=output) == [
+        {"role": "user", "content": '{"from": "here"} as JSON?'},
+        {"role": "assistant", "content": output},
+    ]
+
+
+def test_numbers_are_said_too() -> None:
+    said = [turn["content"] for turn in messages(instruction="Double it", input=21, output=42)]
+    assert said == ["Double it\n21", "42"]
+
+
+PAIRS = [["hi", "hello"], ["one", "2"]]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        PAIRS,
+        json.dumps(PAIRS),
+        [{"role": role, "content": text} for pair in PAIRS for role, text in zip(("user", "gpt"), pair, strict=True)],
+    ],
+)
+def test_what_went_before(history: Any) -> None:
+    said = [(turn["role"], turn["content"]) for turn in messages(instruction="a", output="b", history=history)]
+    roles = ["user", "assistant"] * 3
+    assert said == list(zip(roles, ["hi", "hello", "one", "2", "a", "b"], strict=True))
+    assert len(messages(instruction="a", output="b", history="[]")) == 2
+
+
+@pytest.mark.parametrize("history", [["hi", "yo"], "hi", [["a", "b", "c"]]])
+def test_what_cannot_have_gone_before_is_refused(history: Any) -> None:
+    with pytest.raises(DataError, match="row 1: the history"):
+        messages(instruction="a", output="b", history=history)
+
+
+def test_an_encoder_decoder_has_no_use_for_a_chat_template() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    with pytest.raises(ModelError, match="chat_template: an encoder-decoder"):
+        Task(chat_template=CHATML).prepare(tiny.language_model("t5"), tokenizer)
+
+
+def test_own_metrics_see_no_thoughts() -> None:
+    rows = table(talk("u:a", "a:<think> x </think> b"))
+    assert Task().gold(rows) == ["b"]
+
+
 def test_forms_of_turns() -> None:
     assert turns_of("hello") == [{"role": "user", "content": "hello"}]
     assert turns_of({"role": "Human", "content": "x"}) == [{"role": "user", "content": "x"}]

@@ -78,6 +78,21 @@ def test_the_same_numbers_as_the_authors_code() -> None:
     torch.testing.assert_close(noisy * mask.unsqueeze(2), expected * mask.unsqueeze(2))
 
 
+def test_it_is_not_lost_in_half_precision() -> None:
+    """Tokens times width may be more than float16 can hold."""
+    model = torch.nn.Module()
+    model.base_model = torch.nn.Module()
+    table = torch.nn.Embedding(3, 1024, dtype=torch.float16)
+    model.base_model.get_input_embeddings = lambda: table
+    noise = Noise(model, ALPHA)
+    noise._begin(table, (), {})
+    added = noise._add(table, (), torch.zeros(1, 100, 1024, dtype=torch.float16))
+    assert added is not None
+    assert added.dtype == torch.float16
+    bound = ALPHA / math.sqrt(100 * 1024)
+    assert 0.9 * bound < float(added.abs().max()) <= bound * 1.01
+
+
 def test_none_in_evaluation() -> None:
     model = tiny.language_model("gpt2").eval()
     assert torch.equal(embedded(model, batch(), Noise(model, ALPHA))[0], embedded(model, batch(), None)[0])

@@ -146,6 +146,7 @@ def test_spans_become_tags_and_predictions_point_into_the_text(minilm: Any) -> N
         {"start": 3, "end": 3, "label": "A"},
         {"start": 1},
         {"start": 4, "end": 5, "label": "A"},
+        {"start": 0, "end": 4, "label": None},
     ],
 )
 def test_a_span_outside_of_its_text_is_refused(span: dict[str, Any]) -> None:

@@ -183,7 +183,7 @@ def _evaluate(
         "load": snippet.replace("FOLDER", str(folder / "model")),
     }
     folders.hand_over_stages(folder, decision.trial)
-    evaluate.write_predictions(folder / "predictions.jsonl", rows["test"], task.target, scores)
+    evaluate.write_predictions(folder / "predictions.jsonl", rows["test"], task, scores)
     write_json(folder / "evaluation.json", evaluation)
     say_scores(evaluation, setting.metric, console)
     return evaluation

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import __version__
-from .errors import HybridtuneError, RecipeError, RunError
+from .errors import DataError, HybridtuneError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from .console import Console
@@ -203,7 +203,7 @@ def predict(
                 source = str(path) if path == input_ else path.name  # no place of standard input's copy
                 rows = api.rows_for_prediction(path, doubts.append)
         elif texts == ["-"]:
-            rows = sys.stdin.read().splitlines()
+            rows = _lines_of_standard_input()
         with console.watch("predict") as tuned.predictor.watch:
             predictions = api.with_inputs(rows, tuned.predict(rows, _columns(column), doubts.append, source))
         if not as_json:
@@ -392,6 +392,21 @@ def _standard_input(path: Path) -> Iterator[Path]:
         kept = Path(folder) / f"stdin{suffix}"
         kept.write_bytes(content)
         yield kept
+
+
+def _lines_of_standard_input() -> list[str]:
+    """Its lines; other characters that end a line in Unicode may stand in one."""
+    rows = []
+    for number, line in enumerate(sys.stdin.buffer.read().split(b"\n"), 1):
+        try:
+            rows.append(line.removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"standard input, line {number}: is not in UTF-8",
+                found=repr(line[max(error.start - 10, 0) : error.end + 10]),
+                mend="convert it (iconv), or give the file with --input, which finds the encoding out",
+            ) from None
+    return rows[:-1] if rows[-1] == "" else rows
 
 
 def _line(prediction: dict[str, Any]) -> str:

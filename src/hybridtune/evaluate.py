@@ -45,7 +45,7 @@ def score(predictor: predict.Predictor, rows: Dataset, own: OwnMetrics | None = 
     stats = task.row_stats(logits, items, rows)
     predictions = task.decode(logits, items, rows)
     found = task.intervals(stats) | (
-        own.intervals(rows[task.target][:], [one[task.answer] for one in predictions]) if own else {}
+        own.intervals(task.gold(rows), [one[task.answer] for one in predictions]) if own else {}
     )
     return Scores(stats, {name: interval.as_dict() for name, interval in found.items()}, predictions)
 
@@ -159,15 +159,15 @@ def _doubts(
         )
 
 
-def write_predictions(path: Path, rows: Dataset, target: str, scores: Scores) -> None:
+def write_predictions(path: Path, rows: Dataset, task: Task, scores: Scores) -> None:
     """Writes predictions.jsonl: for each test row its line, its gold label, what was predicted, and its statistics."""
-    write_text(path, "".join(_lines(rows, target, scores)))
+    write_text(path, "".join(_lines(rows, task, scores)))
 
 
-def _lines(rows: Dataset, target: str, scores: Scores) -> list[str]:
+def _lines(rows: Dataset, task: Task, scores: Scores) -> list[str]:
     lines, files = [], rows["_source"][:] if "_source" in rows.column_names else None  # of several files
     for at, (number, gold, prediction) in enumerate(
-        zip(rows["_row"][:], rows[target][:], scores.predictions, strict=True)
+        zip(rows["_row"][:], task.gold(rows), scores.predictions, strict=True)
     ):
         stats = {name: values[at].tolist() for name, values in scores.stats.items()}
         source = {"source": files[at]} if files else {}
@@ -187,7 +187,7 @@ def _predictor(setting: Setting, trial: Trial) -> predict.Predictor:
 def _baselines(setting: Setting, train: Dataset, test: Dataset) -> tuple[list[dict[str, Any]], list[str]]:
     """What evaluation.json says of the baselines, and what could not be measured of them."""
     task: Task = setting.task
-    gold = test[task.target][:]
+    gold = task.gold(test)
     made, failed = [], []
     for one in task.baselines(train, test, _frozen(setting, train, test) if task.pooled else None):
         baseline = Baseline(*one)

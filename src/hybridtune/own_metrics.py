@@ -72,13 +72,13 @@ class OwnMetrics:
         Raises:
             RecipeError: one of them fails, or gives no number.
         """
-        some = rows.select(range(min(TRIED_ROWS, len(rows))))[task.target][:] if self.functions else []
+        some = task.gold(rows.select(range(min(TRIED_ROWS, len(rows))))) if self.functions else []
         for name in self.functions:
             self._call(name, some, some)
 
     def measure(self, task: Task, predictions: Sequence[dict[str, Any]], rows: Dataset) -> dict[str, float]:
         """The metrics of these rows."""
-        gold, predicted = rows[task.target][:], [one[task.answer] for one in predictions]
+        gold, predicted = task.gold(rows), [one[task.answer] for one in predictions]
         return {name: self._call(name, gold, predicted) for name in self.functions}
 
     def intervals(self, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[str, Interval]:

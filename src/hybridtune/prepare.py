@@ -150,7 +150,8 @@ def _read(
             where = f"; all of them stand in {notes.kept_in}" if notes.kept_in else ""
             notes.warn(f"{name}: {len(rejected)} rows cannot be read and are left out, the first {first}{where}")
         hints = recipe.data.columns
-        task.look_at([column for column in table.column_names if column != read.ROW])
+        if name == "train":  # other splits have to be like it
+            task.look_at([column for column in table.column_names if column != read.ROW])
         required, _ = task.asked([*table.column_names, *hints], labelled=True)
         columns[name] = read.find_columns(table, name, sources[name], task.columns, hints, required)
         rows[name] = task.gather(read.rename_columns(table, columns[name], task.columns))
@@ -266,7 +267,7 @@ def setting_of(
             asked for.
     """
     chosen = precision.choose(recipe, models.pick_device(recipe.device), begun)
-    tokenizer, plain = _vocabulary(recipe, task, rows, tokenizer)
+    tokenizer, before = _vocabulary(recipe, task, rows, tokenizer)
     start = trial.load(recipe, task, tokenizer)
     loaded = start.loaded
     training = Training(**{key: getattr(recipe, key) for key in Training.model_fields})
@@ -281,7 +282,7 @@ def setting_of(
     encoded = {name: table for name, (table, _) in sifted.items()}
     size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
     depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in start.assembly.anatomy.depth.items())
-    told = _say_vocabulary(plain, loaded, console) if plain is not None else {}
+    told = _say_vocabulary(before, loaded, console) if before is not None else {}
     console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")
     if start.assembly.attachments:
         there = "; ".join(map(str, start.assembly.attachments))
@@ -328,17 +329,19 @@ def setting_of(
 
 def _vocabulary(
     recipe: Recipe, task: Task, rows: dict[str, Dataset], begun: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedTokenizerBase | None, models.Loaded | None]:
-    """The tokenizer whose vocabulary the model gets, where the recipe asks for another, and the model without it.
+) -> tuple[PreTrainedTokenizerBase | None, tuple[dict[str, int], int] | None]:
+    """The tokenizer whose vocabulary the model gets, where the recipe asks for another; the pieces that it had, and how
+    many bytes of weights.
 
     Raises:
         ModelError: it cannot be done with this model or its tokenizer.
     """
     if recipe.vocabulary is None:
         return None, None
-    plain = trial.bare(recipe, task).loaded
+    of = trial.bare(recipe, task).loaded
+    before = of.tokenizer.get_vocab(), _bytes(of)
     if begun is not None:
-        return begun, plain
+        return begun, before
     columns = [*task.inputs, *([task.target] if task.writes else [])]
     columns = [name for name in columns if name in rows["train"].column_names]
 
@@ -357,8 +360,11 @@ def _vocabulary(
                 for ids in items[column][:]:
                     yield [one for one in ids if one >= 0]  # what is not learnt has no token
 
-    of = trial.bare(recipe, task).loaded  # is told how to write, which `plain` shall not be
-    return vocabulary.change(recipe.vocabulary, of, texts, cut), plain
+    return vocabulary.change(recipe.vocabulary, of, texts, cut), before
+
+
+def _bytes(loaded: models.Loaded) -> int:
+    return sum(parameter.nbytes for parameter in loaded.model.parameters())
 
 
 def _plain(value: Any) -> str:
@@ -368,11 +374,11 @@ def _plain(value: Any) -> str:
     return " ".join(map(_plain, value)) if isinstance(value, list) else as_text(value)
 
 
-def _say_vocabulary(before: models.Loaded, after: models.Loaded, console: Console) -> dict[str, Any]:
+def _say_vocabulary(before: tuple[dict[str, int], int], after: models.Loaded, console: Console) -> dict[str, Any]:
     """How many pieces there were and are, and what became of the model's size, for data.json."""
-    known, found = before.tokenizer.get_vocab(), after.tokenizer.get_vocab()
+    (known, size), found = before, after.tokenizer.get_vocab()
     new = [piece for piece in sorted(found, key=found.__getitem__) if piece not in known]
-    sizes = [sum(parameter.nbytes for parameter in one.model.parameters()) for one in (before, after)]
+    sizes = [size, _bytes(after)]
     shown = f": {' '.join(new[:_SHOWN_LABELS])}" + (" ..." if len(new) > _SHOWN_LABELS else "") if new else ""
     console.line(
         f"  vocabulary: {len(found) - len(new):,} of {len(known):,} pieces kept, {len(new):,} new{shown}; "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import has_length
 
+from . import vocabulary
 from .engine import precision
 from .errors import RecipeError
 from .recipe import Strategy
@@ -48,6 +49,13 @@ def refuse(trainer: HybridTrainer, there: Tuned | None, strategy: Strategy) -> N
         raise RecipeError(
             f"gradient_checkpointing: {type(trainer.model).__name__} does not support it",
             mend="leave it out; lower per_device_train_batch_size, or give max_tokens_per_micro_batch",
+        )
+    tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    changed = there.base.vocabulary if there is not None else None
+    if changed and tokenizer is not None and vocabulary.digest(tokenizer) != changed:
+        raise RecipeError(
+            "processing_class: is not the tokenizer that the model's vocabulary was changed to",
+            mend="take the one that lies beside the model: AutoTokenizer.from_pretrained(FOLDER)",
         )
     endless = trainer.train_dataset is not None and not has_length(trainer.train_dataset)
     for stage in strategy.stages:

@@ -314,8 +314,6 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             return
         if not self.in_place:
             self._write(log.folder, stage=stage.name)
-            if self.base is not None and self.base.vocabulary:  # the delta cannot be loaded without it
-                self._tokenizer.save_pretrained(log.folder)
         log.write_metrics()
         self._tidy(stage, log.folder)
 
@@ -764,6 +762,8 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         assert self.assembly is not None
         assert self.base is not None
         checkpoint.write(folder, self.assembly, self.base, **self.manifest, **more)
+        if self.base.vocabulary:  # without it the delta cannot be loaded
+            self._tokenizer.save_pretrained(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Saves what was trained or changed, where a strategy runs; checkpoints in a stage do without the tokenizer."""

@@ -62,6 +62,7 @@ class Noise:
             return None
         rows, width, size = embedded.shape
         whole = self._mask is None or self._mask.shape != (rows, width)
-        lengths = embedded.new_full((rows,), width) if whole else self._mask.sum(1).to(embedded)  # type: ignore[union-attr]
-        scale = self.alpha / (lengths.clamp(min=1) * size).sqrt()
-        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale[:, None, None]
+        # in 32 bits: the largest number of float16 is 65504, less than tokens times width
+        lengths = torch.full((rows,), width) if whole else self._mask.sum(1)  # type: ignore[union-attr]
+        scale = self.alpha / (lengths.to(embedded.device, torch.float32).clamp(min=1) * size).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale[:, None, None].to(embedded.dtype)

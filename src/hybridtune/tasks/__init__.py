@@ -210,6 +210,11 @@ class Task(ABC):
         """The metrics with their 95% intervals."""
         return measures.intervals(stats, self.aggregate)
 
+    def gold(self, rows: Dataset) -> list[Any]:
+        """For each row what a prediction's `answer` is compared with, in metrics of the user's own and in files."""
+        found: list[Any] = rows[self.target][:]
+        return found
+
     @abstractmethod
     def right(self, stats: Stats) -> np.ndarray:
         """For each row whether it is all right, for tests that count right rows."""

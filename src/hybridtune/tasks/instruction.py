@@ -16,9 +16,9 @@ from datasets.fingerprint import generate_random_fingerprint
 from ..data.checking import check
 from ..data.checking.findings import EXAMPLES, SHOWN, Finding
 from ..data.checking.instruction import TURNS
-from ..data.checking.rows import batches, row_numbers, texts_of
-from ..data.checking.turns import ROLES, Turn, as_one_text, parted, settled, turns_of
-from ..errors import DataError, RecipeError
+from ..data.checking.rows import as_text, batches, row_numbers, texts_of
+from ..data.checking.turns import ROLES, Turn, as_one_text, parted, settled, turns_of, turns_of_history
+from ..errors import DataError, ModelError, RecipeError
 from . import Baseline, Stats, _rouge, _squad, baselines, metrics
 from ._chats import IGNORED, Chats, Item
 from ._generation import WritingTask
@@ -133,7 +133,7 @@ class Task(WritingTask):
                 except ValueError as error:
                     raise DataError(
                         f"row {number}: {error}",
-                        found=repr(values[0])[:160],
+                        found=repr(dict(zip(there, values, strict=True)))[:160],
                         expected='[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], the '
                         "same with from and value, or a text",
                     ) from None
@@ -172,7 +172,16 @@ class Task(WritingTask):
         return splits["test"], findings
 
     def prepare(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Gives the tokenizer the chat template, where one is given."""
+        """Gives the tokenizer the chat template, where one is given.
+
+        Raises:
+            ModelError: an encoder-decoder has no use for it.
+        """
+        if self.chat_template is not None and model.config.is_encoder_decoder:
+            raise ModelError(
+                "chat_template: an encoder-decoder reads a conversation as one text",
+                mend="leave it away; template: '... {instruction} ...' says what is put around the text",
+            )
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         super().prepare(model, tokenizer)
@@ -315,8 +324,12 @@ class Task(WritingTask):
         """What was said, without what was thought."""
         return list(map(_spoken, super().texts(answers)))
 
-    def golds(self, rows: Dataset) -> list[list[str]]:
+    def gold(self, rows: Dataset) -> list[Any]:
         """The answers, without thoughts."""
+        return [gold for (gold,) in self.golds(rows)]
+
+    def golds(self, rows: Dataset) -> list[list[str]]:
+        """The same, one for each row."""
         return [[_spoken(text)] for text in texts_of(rows, self.target)]
 
     def scores(self, texts: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
@@ -385,14 +398,12 @@ def _turns(row: dict[str, Any]) -> list[Turn]:
     if talk is not None:
         turns = turns_of(talk)
     else:
-        turns = []
-        for said, answer in row.get("history") or []:
-            turns += [{"role": "user", "content": said or ""}, {"role": "assistant", "content": answer or ""}]
-        asked = turns_of(row.get("instruction"))
-        more = row.get("input")
-        if isinstance(more, str) and more.strip() and asked:
+        asked, more, output = turns_of(row.get("instruction")), as_text(row.get("input")), row.get("output")
+        if more.strip() and asked:
             asked[-1] = {**asked[-1], "content": f"{asked[-1]['content']}\n{more}".strip()}
-        turns += [*asked, *turns_of(row.get("output"), "assistant")]
+        # an answer may be JSON, and then it is no turn
+        said: list[Turn] = [{"role": "assistant", "content": output}] if isinstance(output, str) else []
+        turns = [*turns_of_history(row.get("history")), *asked, *(said or turns_of(output, "assistant"))]
     system = row.get("system")
     if isinstance(system, str) and system.strip() and not any(turn["role"] == "system" for turn in turns):
         return [{"role": "system", "content": system}, *turns]

@@ -23,6 +23,7 @@ from .rows import put_on
 Sources = list[tuple[int, ...]]
 _SIZES = ("vocab_size", "decoder_vocab_size")
 _LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_NESTED = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 
 
 def follow(loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> Loaded:
@@ -132,9 +133,19 @@ def _collect(config: Any, found: list[PreTrainedConfig]) -> None:
 
 
 def _renumber(config: Any, numbers: dict[int, int]) -> None:
-    """Special tokens by their new numbers; one that no piece is any more is none."""
+    """Special tokens by their new numbers; one that no piece is any more is none.
+
+    Raises:
+        ModelError: it names other tokens by their numbers.
+    """
     for key in config.to_dict() if config is not None else ():
         value = getattr(config, key, None)
+        if key in _NESTED and value:
+            raise ModelError(
+                f"vocabulary: the model's {key} names tokens by numbers that would be other ones",
+                found=repr(value)[:160],
+                mend=f"take {key} out of its generation_config.json, or leave vocabulary away",
+            )
         if not (key.endswith("_token_id") or key in _LISTS) or value is None:
             continue
         if isinstance(value, list):

@@ -109,13 +109,13 @@ def _words_of(span: Any, text: str, places: Places, where: str) -> list[int]:
         DataError: it is no span of the text.
     """
     known = isinstance(span, dict) and set(_KEYS) <= set(span)
-    known = known and all(isinstance(span[key], int) for key in ("start", "end"))
+    known = known and all(isinstance(span[key], int) for key in ("start", "end")) and span["label"] not in (None, "")
     inside = (
         [at for at, (start, end) in enumerate(places) if start < span["end"] and end > span["start"]] if known else []
     )
     if not inside or not 0 <= span["start"] < span["end"] <= len(text):
         raise DataError(
-            f"{where}: a span marks nothing in its text",
+            f"{where}: a span marks nothing in its text, or has no label",
             found=f"{span}, text of {len(text)} characters",
             expected='{"start": 0, "end": 5, "label": "PER"} or [0, 5, "PER"], in characters, start < end',
         )

@@ -49,6 +49,8 @@ def turns_of(value: Any, role: str = "user") -> list[Turn]:
         value = _written(value)
     if value is None:
         return []
+    if isinstance(value, (int, float)):
+        value = as_text(value)
     if isinstance(value, (dict, str)):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -93,16 +95,48 @@ def _part(part: Any) -> str:
 
 
 def _written(text: str) -> Any:
-    """Returns what a text writes out as JSON, where that is turns; else the text."""
+    """Returns what a text writes out as JSON, where all of that is turns; else the text, which may be about JSON."""
     if text.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(text)
         except ValueError:
             return text
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, dict) and any(key in first for key in _ROLE):
+        turns = value if isinstance(value, list) else [value]
+        if turns and all(map(_is_turn, turns)):
             return value
     return text
+
+
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, dict) or not any(key in value for key in _CONTENT):
+        return False
+    who = next((value[key] for key in _ROLE if key in value), None)
+    return isinstance(who, str) and who.strip().lower() in {*ROLES, *_ALIASES}
+
+
+def turns_of_history(value: Any) -> list[Turn]:
+    """Returns the turns of what went before an instruction: pairs of what was said and answered, or turns.
+
+    Args:
+        value: a list of them, or one written out as JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            raise ValueError("the history is no list") from None
+    turns = []
+    for one in [] if value is None else value:
+        if isinstance(one, dict):
+            turns.append(_turn(one))
+        elif isinstance(one, (list, tuple)) and len(one) == 2:
+            turns += [{"role": role, "content": as_text(text)} for role, text in zip(ROLES[1:], one, strict=True)]
+        else:
+            raise ValueError("the history holds something else than pairs of texts, or turns")
+    return turns
 
 
 def settled(turns: Sequence[Turn]) -> tuple[list[Turn], list[str]]:
