@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--sets", nargs="+", help="such as snips or xlmt_sentiment/fr; all where not given")
     parser.add_argument("--writer", help="folder of a model that can write, for translation and summarization")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     parser.add_argument("--one", nargs=3, metavar=("SET", "TASK", "MODEL"), help=argparse.SUPPRESS)
@@ -48,7 +49,7 @@ def main() -> None:
         print(json.dumps(measure(asked.data, *asked.one)))
         return
     if not asked.table:
-        run(asked.data, asked.model, asked.writer)
+        run(asked.data, asked.model, asked.writer, asked.sets)
     print(table(read()))
 
 
@@ -57,11 +58,13 @@ def read() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
 
 
-def run(data: Path, model: str, writer: str | None) -> None:
-    """Checks every set that has not been checked with this model."""
+def run(data: Path, model: str, writer: str | None, sets: list[str] | None) -> None:
+    """Checks every set, or those that are named, that has not been checked with this model."""
     there = {tuple(one["key"]) for one in read()}
     for train in sorted(data.glob("**/train.jsonl")):
         name = str(train.parent.relative_to(data))
+        if sets and name not in sets:
+            continue
         task = TASKS.get(name, "classification")
         chosen = writer if task in T5 else model
         if chosen is None:
