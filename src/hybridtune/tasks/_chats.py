@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..data.checking.turns import Turn
+from ..data.checking.turns import Turn, without_oldest
 from ..errors import ModelError, first_line
 from ._prompts import Prompts
 
@@ -102,10 +102,8 @@ class Chats:
         """
         kept = list(turns)
         ids = self.asked(kept)
-        first = 1 if kept and kept[0]["role"] == "system" else 0
-        while len(ids) > room and len(kept) - first > 2:  # a user's turn and its answer
-            del kept[first : first + 2]
-            ids = self.asked(kept)
+        while len(ids) > room and (fewer := without_oldest(kept)):
+            kept, ids = fewer, self.asked(fewer)
         while len(ids) > room and kept and kept[-1]["content"]:
             text = kept[-1]["content"]
             kept[-1] = {**kept[-1], "content": text[: min(len(text) - 1, len(text) * room // len(ids))]}

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from datasets.fingerprint import generate_random_fingerprint
 
 from ..data.checking import check
 from ..data.checking.findings import EXAMPLES, SHOWN, Finding
 from ..data.checking.instruction import TURNS
-from ..data.checking.rows import as_text, batches, row_numbers, texts_of
-from ..data.checking.turns import ROLES, Turn, as_one_text, parted, settled, turns_of, turns_of_history
+from ..data.checking.rows import as_text, batches, of_table, row_numbers, texts_of
+from ..data.checking.turns import ROLES, Turn, as_one_text, parted, settled, turns_of, turns_of_history, without_oldest
 from ..errors import DataError, ModelError, RecipeError
 from . import Baseline, Stats, _rouge, _squad, baselines, metrics
 from ._chats import IGNORED, Chats, Item
@@ -149,7 +148,7 @@ class Task(WritingTask):
         table = table.drop_columns([name for name in table.column_names if name in {*_RAW, *gathered.column_names}])
         for name in gathered.column_names:
             table = table.append_column(name, gathered[name])
-        return Dataset(table.replace_schema_metadata(None), fingerprint=generate_random_fingerprint())
+        return of_table(table)
 
     def problem(self, column: str, value: Any) -> str | None:
         """Why a conversation cannot be answered, or None."""
@@ -247,12 +246,9 @@ class Task(WritingTask):
         prompts = self._prompts(tokenizer)
         given, lengths, unknown = [], [], []
         for one in turns:
-            kept = list(one)
-            first = 1 if kept and kept[0]["role"] == "system" else 0
-            (ids,), (length,), (strange,) = prompts.said([{self.placed(): as_one_text(kept)}], limit)
-            found = length
-            while length > limit and len(kept) - first > 2:
-                del kept[first : first + 2]
+            (ids,), (length,), (strange,) = prompts.said([{self.placed(): as_one_text(one)}], limit)
+            found, kept = length, one
+            while length > limit and (kept := without_oldest(kept)):
                 (ids,), (length,), _ = prompts.said([{self.placed(): as_one_text(kept)}], limit)
             given.append(ids)
             lengths.append(found)

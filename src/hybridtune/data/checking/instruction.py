@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from datasets.fingerprint import generate_random_fingerprint
 
 from .findings import Finding, drop, finding
-from .rows import batches
+from .rows import batches, of_table
 from .steps import train_of, unfit
 from .turns import (
     CUT_BACK,
@@ -103,7 +102,7 @@ def _settled(data: Dataset, train: bool) -> tuple[Dataset, np.ndarray]:
     for name, pieces in (("messages", messages), ("answer", answers), ("conversation", texts)):
         column = pa.chunked_array(pieces)
         table = table.set_column(table.column_names.index(name), name, column)
-    return Dataset(table.replace_schema_metadata(None), fingerprint=generate_random_fingerprint()), marks
+    return of_table(table), marks
 
 
 def _row(turns: list[Any], answer: str | None, train: bool) -> tuple[list[Any], str | None, str, int]:

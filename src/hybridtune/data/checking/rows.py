@@ -123,9 +123,13 @@ class Rows:
             columns = {name: values.take(pa.array(back, mask=back < 0)) for name, values in columns.items()}
         for name, values in columns.items():
             table = table.set_column(table.column_names.index(name), name, values)
-        # Without a fingerprint of ours, datasets would take one of all bytes
-        made = Dataset(table.replace_schema_metadata(None), fingerprint=generate_random_fingerprint())
+        made = of_table(table)
         return made if whole else made.select(places)
+
+
+def of_table(table: pa.Table) -> Dataset:
+    """Returns a table as a data set; without a fingerprint of ours, datasets would take one of all bytes."""
+    return Dataset(table.replace_schema_metadata(None), fingerprint=generate_random_fingerprint())
 
 
 def open_rows(

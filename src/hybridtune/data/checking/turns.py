@@ -178,6 +178,12 @@ def cut_back(turns: Sequence[Turn]) -> list[Turn]:
     return list(turns[: last + 1])
 
 
+def without_oldest(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns the turns without the oldest exchange, the system's kept; none where there is only one exchange."""
+    first = 1 if turns and turns[0]["role"] == "system" else 0
+    return [*turns[:first], *turns[first + 2 :]] if len(turns) - first > 2 else []
+
+
 def as_one_text(turns: Sequence[Turn]) -> str:
     """Returns a conversation as one text: a single user's turn as it is, else with who says what."""
     if len(turns) == 1 and turns[0]["role"] == "user":
