@@ -244,8 +244,7 @@ def evaluate(
         with console.watch("evaluate") as watch:
             result = api.evaluate_run(run, data, device, _columns(column), watch)
         for finding in result.get("findings", []):  # of new rows; those of the run's own were told when tuning
-            say = console.warn if finding["level"] == "warning" else lambda text: console.line(f"  - {text}")
-            say(f"{finding['count']} x {finding['kind']}: {finding['did']}")
+            console.finding(f"{finding['count']} x {finding['kind']}: {finding['did']}", finding["level"])
         console.table(
             ("", "value [95%]"), [(name, consoles.interval(metric, 4)) for name, metric in result["metrics"].items()]
         )

@@ -47,6 +47,13 @@ class Console:
         """Prints a warning."""
         self.line(f"  ! {text}", "yellow")
 
+    def finding(self, text: str, level: str) -> None:
+        """Prints what a check has found: a warning, or something to know."""
+        if level == "warning":
+            self.warn(text)
+        else:
+            self.line(f"  - {text}")
+
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]], bold: int | None = None) -> None:
         """Prints a table, no cell cut, columns of numbers to the right; `bold` is the number of a row to stress."""
         rows = list(rows)

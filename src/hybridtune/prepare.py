@@ -120,8 +120,7 @@ def rows_of(
 
 def _say_findings(findings: Sequence[check.Finding], console: Console) -> None:
     for finding in findings:
-        say = console.warn if finding.level == "warning" else lambda text: console.line(f"  - {text}")
-        say(f"{finding.split}: {finding.count} x {finding.kind}: {finding.did}")
+        console.finding(f"{finding.split}: {finding.count} x {finding.kind}: {finding.did}", finding.level)
 
 
 def _read(

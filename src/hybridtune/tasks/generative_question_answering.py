@@ -30,7 +30,6 @@ class Task(WritingTask):
     """
 
     name = "generative_question_answering"
-    keys = WritingTask.keys
     most_new_tokens = 30  # as max_answer_length of transformers' example
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "question": ("query", "question_text"),

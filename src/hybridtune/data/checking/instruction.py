@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from .findings import Finding, drop, finding
+from .findings import Finding, finding
 from .rows import batches, of_table
-from .steps import train_of, unfit
+from .steps import saying_nothing, train_of, unfit
 from .turns import (
     CUT_BACK,
     EMPTY_TURN,
@@ -80,7 +80,8 @@ def check_instruction(
             where = split.having(kind)
             if len(where):
                 found.append(finding(kind, split, where, KINDS[kind], "warning"))
-    rows = _empty_turns(rows, found)
+    silent = {name: split.having(EMPTY_TURN) for name, split in rows.items()}
+    rows = saying_nothing(rows, silent, found, EMPTY_TURN, ": a turn says nothing")
     written: dict[str, Written] = dict(rows)
     return repaired(written, found, lambda split, findings: None), found
 
@@ -143,14 +144,3 @@ def _refuse_roles(rows: dict[str, Conversed], found: list[Finding]) -> dict[str,
         expected="system first, then user and assistant by turns",
         mend="make it a part of the user's turn, or take these rows out",
     )
-
-
-def _empty_turns(rows: dict[str, Conversed], found: list[Finding]) -> dict[str, Conversed]:
-    for name, split in rows.items():
-        where = split.having(EMPTY_TURN)
-        if len(where):
-            did = "dropped" if name == "train" else "kept, so that the score counts them"
-            found.append(finding(EMPTY_TURN, split, where, f"{did}: a turn says nothing", "warning"))
-            if name == "train":
-                rows = drop(rows, name, where, found)
-    return rows

@@ -92,12 +92,27 @@ def unfit(
 
 def empty_texts(splits: dict[str, R], found: list[Finding]) -> dict[str, R]:
     """Drops rows of train that lack a text."""
-    for split, rows in splits.items():
-        empty = np.flatnonzero(rows.empty)
+    where = {split: np.flatnonzero(rows.empty) for split, rows in splits.items()}
+    return saying_nothing(splits, where, found, "empty_text")
+
+
+def saying_nothing(
+    splits: dict[str, R], where: dict[str, np.ndarray], found: list[Finding], kind: str, why: str = ""
+) -> dict[str, R]:
+    """Drops rows of train that say nothing where they should, and keeps others.
+
+    Args:
+        splits: all of them.
+        where: for each of them the positions of these rows.
+        found: gets the findings.
+        kind: of the findings.
+        why: words for their end.
+    """
+    for split, empty in where.items():
         if not len(empty):
             continue
         did = "dropped" if split == "train" else "kept, so that the score counts them"
-        found.append(finding("empty_text", rows, empty, did, "warning"))
+        found.append(finding(kind, splits[split], empty, did + why, "warning"))
         if split == "train":
             splits = drop(splits, split, empty, found)
     return splits
