@@ -766,7 +766,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             self._tokenizer.save_pretrained(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Saves what was trained or changed, where a strategy runs; in a stage without a tokenizer that is the base's."""
+        """Saves what was trained or changed, where a strategy runs; in a stage no tokenizer that is the base's."""
         if self.assembly is None:
             super()._save(output_dir, state_dict)
             return
