@@ -12,6 +12,7 @@ own dropout.
 
     peer (a)   Trainer with a tokenizer (DataCollatorWithPadding) and PEFT, as users run them: fp32, sdpa
     peer (b)   the same with batches grouped by length, the faster of sdpa and eager, and bf16 where it is faster here
+    ours       what `hybridtune tune` does by default: bf16 where it is faster here
 
 Figures are useful tokens (no padding) a second, from the end of the first step on; where layers are frozen below what
 is trained, three whole epochs, all that is done once included. What stands in results/speed.jsonl is skipped.
@@ -55,6 +56,7 @@ GOALS = {
 }
 BATCH = 32
 STEPS = 6
+PRODUCTS = {"full": 3, "lora": 2, "adapter": 2, "prompt": 2, "predict": 1}  # with each frozen or trained body's weights
 RULES: dict[str, list[dict[str, Any]]] = {
     "full": [{"part": "all", "method": "full"}],
     "lora": [{"part": "layers", "method": "lora", "r": 16}, {"part": "head", "method": "full"}],
@@ -120,14 +122,15 @@ def machine() -> dict[str, Any]:
 
     found = environment.describe(torch.device("cpu"))
     keys = ("processor", "cores", "threads", "hybridtune", "torch", "transformers", "peft")
-    return {key: found[key] for key in keys} | {"peak": peak(), "date": time.strftime("%Y-%m-%d")}
+    peaks = {"peak": peak(torch.float32), "peak_bf16": peak(torch.bfloat16)}
+    return {key: found[key] for key in keys} | peaks | {"date": time.strftime("%Y-%m-%d")}
 
 
-def peak() -> float:
-    """GFLOP/s of the machine's best matrix product in float32."""
+def peak(dtype: Any) -> float:
+    """GFLOP/s of the machine's best matrix product."""
     import torch
 
-    x, weight, best = torch.randn(2048, 1024), torch.randn(1024, 1024), 0.0
+    x, weight, best = torch.randn(2048, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype), 0.0
     for _ in range(20):
         begun = time.perf_counter()
         torch.nn.functional.linear(x, weight)
@@ -218,13 +221,29 @@ def measure(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict
     rows = texts_of(asked.data, texts, count)
     once: Callable[..., dict[str, Any]] = predict_once if method == "predict" else train_once
     bf16 = bf16_is_faster()
+    weights = matrix_weights(asked.model)
     trial = {attention: once(asked.model, method, rows, "b", attention, bf16) for attention in ("sdpa", "eager")}
     faster = max(trial, key=lambda attention: trial[attention]["tokens_per_second"])
     for _ in range(asked.pairs):
         for side, attention in (("ours", "sdpa"), ("a", "sdpa"), ("ours", "sdpa"), ("b", faster)):
-            yield {"side": side, "attention": attention, "bf16": bf16 and side == "b"} | once(
-                asked.model, method, rows, side, attention, bf16
+            yield (
+                {"side": side, "attention": attention, "bf16": computes_in_bf16(method, side, bf16)}
+                | once(asked.model, method, rows, side, attention, bf16)
+                | {"matrix_weights": weights}
             )
+
+
+def computes_in_bf16(method: str, side: str, faster: bool) -> bool:
+    """Where it pays, ours does by default and peer (b) as its best setting; a `Predictor` computes in fp32."""
+    return faster and (side == "b" or (side == "ours" and method != "predict"))
+
+
+def matrix_weights(name: str) -> int:
+    """Weights of the matrices in a model's layers: twice so many operations is what a token costs forwards."""
+    from hybridtune.anatomy import Anatomy
+
+    model, _ = loaded(name, 4)
+    return sum(model.get_submodule(matrix).weight.numel() for matrix in Anatomy(model).part("layers").matrices)
 
 
 def bf16_is_faster() -> bool:
@@ -246,7 +265,7 @@ def arguments(side: str, folder: str, bf16: bool, **more: Any) -> Any:
     """The same on all sides, but what makes peer (b)."""
     from transformers import TrainingArguments
 
-    best = {"train_sampling_strategy": "group_by_length", "bf16": bf16} if side == "b" else {}
+    best = {"train_sampling_strategy": "group_by_length"} if side == "b" else {}
     return TrainingArguments(
         folder,
         per_device_train_batch_size=BATCH,
@@ -257,7 +276,7 @@ def arguments(side: str, folder: str, bf16: bool, **more: Any) -> Any:
         eval_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
-        **{"logging_steps": 10_000, "seed": 0, **best, **more},
+        **{"bf16": bf16 and side != "a", "logging_steps": 10_000, "seed": 0, **best, **more},
     )
 
 
@@ -431,17 +450,33 @@ def page(rows: list[dict[str, Any]]) -> str:
             "",
             f"## {name}",
             "",
-            f"{where['processor']}, {where['threads']} threads, {where['peak']:.0f} GFLOP/s in float32 "
-            f"({platform.system()}); torch {where['torch']}, transformers {where['transformers']}, "
-            f"PEFT {where['peft']}; {where['date']}. Ratios: median [lowest, highest] "
-            f"of {len(where['runs']) // 4} pairs.",
+            f"{where['processor']}, {where['threads']} threads, {where['peak']:.0f} GFLOP/s in fp32, "
+            f"{where['peak_bf16']:.0f} in bf16 ({platform.system()}); torch {where['torch']}, "
+            f"transformers {where['transformers']}, PEFT {where['peft']}; {where['date']}. Ratios: median "
+            f"[lowest, highest] of {len(where['runs']) // 4} pairs.",
             "",
-            "| method | texts | rows/s | tokens/s | times (a) | goal | times (b) | goal | memory of (a) | of (b) |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| method | texts | rows/s | tokens/s | of peak | times (a) | goal | times (b) | goal | memory of (a) "
+            "| of (b) |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(row) for row in mine]
-        best = {(run["attention"], run["bf16"]) for row in mine for run in row["runs"] if run["side"] == "b"}
-        lines += ["", f"Peer (b) ran with {', '.join(sorted(a + (' and bf16' if b else ', fp32') for a, b in best))}."]
+        ours, best = (
+            sorted(
+                {
+                    f"{run['attention']} in {'bf16' if run['bf16'] else 'fp32'}"
+                    for row in mine
+                    for run in row["runs"]
+                    if run["side"] == side
+                }
+            )
+            for side in ("ours", "b")
+        )
+        lines += [
+            "",
+            f"Ours ran with {', '.join(ours)}; peer (b) with {', '.join(best)}. Of peak: the products of useful",
+            "tokens with the weights of layers (two operations a weight, token and pass; those of attention, heads and",
+            "optimizer left out) beside the machine's best product in the type that ours ran in.",
+        ]
     accuracies = [row for row in rows if row["key"][0] == "accuracy"]
     if accuracies:
         lines += [
@@ -465,7 +500,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 def _line(row: dict[str, Any]) -> str:
     _, _, method, texts = row["key"]
     found, goals = summary(row["runs"]), GOALS[method]
-    cells = [method, texts, f"{found['rows_per_second']:.1f}", f"{found['tokens_per_second']:.0f}"]
+    cells = [method, texts, f"{found['rows_per_second']:.1f}", f"{found['tokens_per_second']:.0f}", _of_peak(row)]
     for peer, goal in zip(("a", "b"), goals, strict=True):
         one = found[peer]
         cells += [
@@ -474,6 +509,15 @@ def _line(row: dict[str, Any]) -> str:
         ]
     cells += ["-" if found[peer]["memory"] is None else f"{found[peer]['memory']:.2f}x ours" for peer in ("a", "b")]
     return "| " + " | ".join(cells) + " |"
+
+
+def _of_peak(row: dict[str, Any]) -> str:
+    """The share of the machine's peak that useful tokens reach; none where layers run once and are recalled."""
+    method, one = row["key"][2], row["runs"][0]
+    if method not in PRODUCTS:
+        return "-"
+    done = 2 * one["matrix_weights"] * PRODUCTS[method] * summary(row["runs"])["tokens_per_second"] / 1e9
+    return f"{done / row['peak_bf16' if one['bf16'] else 'peak']:.0%}"
 
 
 if __name__ == "__main__":
