@@ -247,18 +247,12 @@ def matrix_weights(name: str) -> int:
 
 
 def bf16_is_faster() -> bool:
-    """Whether bf16 pays on this processor."""
+    """Whether bf16 pays on this processor, as hybridtune has measured it once for the machine."""
     import torch
 
-    def seconds(dtype: torch.dtype) -> float:
-        x, weight = torch.randn(1024, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
-        torch.nn.functional.linear(x, weight)
-        begun = time.perf_counter()
-        for _ in range(3):
-            torch.nn.functional.linear(x, weight)
-        return time.perf_counter() - begun
+    from hybridtune.engine import precision
 
-    return seconds(torch.bfloat16) * 1.3 < seconds(torch.float32)
+    return precision.probe(torch.device("cpu")).faster
 
 
 def arguments(side: str, folder: str, bf16: bool, **more: Any) -> Any:
