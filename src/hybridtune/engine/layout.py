@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # What a call of attention costs beside its work, in scores (queries times keys) of one row.
-CALL = {"cpu": 2**10, "cuda": 2**16}
+CALL = {"cpu": 2**13, "cuda": 2**16}
 
 
 @dataclass(frozen=True)
