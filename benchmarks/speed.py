@@ -56,7 +56,8 @@ GOALS = {
 }
 BATCH = 32
 STEPS = 6
-PRODUCTS = {"full": 3, "lora": 2, "adapter": 2, "prompt": 2, "predict": 1}  # with each frozen or trained body's weights
+# Products of a token with a weight of the layers: forwards, backwards to its input, and to the weight if it is trained.
+PRODUCTS = {"full": 3, "lora": 2, "adapter": 2, "prompt": 2, "predict": 1}
 RULES: dict[str, list[dict[str, Any]]] = {
     "full": [{"part": "all", "method": "full"}],
     "lora": [{"part": "layers", "method": "lora", "r": 16}, {"part": "head", "method": "full"}],
@@ -110,7 +111,8 @@ def run(asked: argparse.Namespace, method: str, texts: str) -> None:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"side"')]
     with RESULTS.open("a") as file:
-        file.write(json.dumps({"key": key, "runs": runs, **machine()}) + "\n")
+        row = {"key": key, "runs": runs, "matrix_weights": matrix_weights(asked.model), **machine()}
+        file.write(json.dumps(row) + "\n")
     print(key, summary(runs) if kind == "speed" else runs, flush=True)
 
 
@@ -220,22 +222,15 @@ def measure(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict
     count = asked.rows * (2 if method == "predict" else 1 if whole else 10)
     rows = texts_of(asked.data, texts, count)
     once: Callable[..., dict[str, Any]] = predict_once if method == "predict" else train_once
-    bf16 = bf16_is_faster()
-    weights = matrix_weights(asked.model)
-    trial = {attention: once(asked.model, method, rows, "b", attention, bf16) for attention in ("sdpa", "eager")}
-    faster = max(trial, key=lambda attention: trial[attention]["tokens_per_second"])
+    faster = bf16_is_faster()
+    bf16 = {"ours": faster and method != "predict", "a": False, "b": faster}  # a `Predictor` computes in fp32
+    trial = {attention: once(asked.model, method, rows, "b", attention, bf16["b"]) for attention in ("sdpa", "eager")}
+    best = max(trial, key=lambda attention: trial[attention]["tokens_per_second"])
     for _ in range(asked.pairs):
-        for side, attention in (("ours", "sdpa"), ("a", "sdpa"), ("ours", "sdpa"), ("b", faster)):
-            yield (
-                {"side": side, "attention": attention, "bf16": computes_in_bf16(method, side, bf16)}
-                | once(asked.model, method, rows, side, attention, bf16)
-                | {"matrix_weights": weights}
+        for side, attention in (("ours", "sdpa"), ("a", "sdpa"), ("ours", "sdpa"), ("b", best)):
+            yield {"side": side, "attention": attention, "bf16": bf16[side]} | once(
+                asked.model, method, rows, side, attention, bf16[side]
             )
-
-
-def computes_in_bf16(method: str, side: str, faster: bool) -> bool:
-    """Where it pays, ours does by default and peer (b) as its best setting; a `Predictor` computes in fp32."""
-    return faster and (side == "b" or (side == "ours" and method != "predict"))
 
 
 def matrix_weights(name: str) -> int:
@@ -256,7 +251,7 @@ def bf16_is_faster() -> bool:
 
 
 def arguments(side: str, folder: str, bf16: bool, **more: Any) -> Any:
-    """The same on all sides, but what makes peer (b)."""
+    """The same on all sides, but the precision and what else makes peer (b)."""
     from transformers import TrainingArguments
 
     best = {"train_sampling_strategy": "group_by_length"} if side == "b" else {}
@@ -270,7 +265,7 @@ def arguments(side: str, folder: str, bf16: bool, **more: Any) -> Any:
         eval_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
-        **{"bf16": bf16 and side != "a", "logging_steps": 10_000, "seed": 0, **best, **more},
+        **{"bf16": bf16, "logging_steps": 10_000, "seed": 0, **best, **more},
     )
 
 
@@ -359,7 +354,7 @@ def predict_once(name: str, method: str, texts: list[str], side: str, attention:
             begun = time.perf_counter()
             predict.Predictor(model, tokenizer, Task(), 512, BATCH).logits(rows)
         else:
-            given = arguments(side, folder, bf16, bf16_full_eval=bf16 and side == "b")
+            given = arguments(side, folder, bf16, bf16_full_eval=bf16)
             trainer = Trainer(model, given, processing_class=tokenizer)
             ordered = rows.select(sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"])))
             begun = time.perf_counter()
@@ -454,20 +449,9 @@ def page(rows: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [_line(row) for row in mine]
-        ours, best = (
-            sorted(
-                {
-                    f"{run['attention']} in {'bf16' if run['bf16'] else 'fp32'}"
-                    for row in mine
-                    for run in row["runs"]
-                    if run["side"] == side
-                }
-            )
-            for side in ("ours", "b")
-        )
         lines += [
             "",
-            f"Ours ran with {', '.join(ours)}; peer (b) with {', '.join(best)}. Of peak: the products of useful",
+            f"Ours ran with {_ways(mine, 'ours')}; peer (b) with {_ways(mine, 'b')}. Of peak: the products of useful",
             "tokens with the weights of layers (two operations a weight, token and pass; those of attention, heads and",
             "optimizer left out) beside the machine's best product in the type that ours ran in.",
         ]
@@ -505,12 +489,18 @@ def _line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _ways(rows: list[dict[str, Any]], side: str) -> str:
+    """The attention and the precision that a side ran with."""
+    runs = [run for row in rows for run in row["runs"] if run["side"] == side]
+    return ", ".join(sorted({f"{run['attention']} in {'bf16' if run['bf16'] else 'fp32'}" for run in runs}))
+
+
 def _of_peak(row: dict[str, Any]) -> str:
     """The share of the machine's peak that useful tokens reach; none where layers run once and are recalled."""
     method, one = row["key"][2], row["runs"][0]
     if method not in PRODUCTS:
         return "-"
-    done = 2 * one["matrix_weights"] * PRODUCTS[method] * summary(row["runs"])["tokens_per_second"] / 1e9
+    done = 2 * row["matrix_weights"] * PRODUCTS[method] * summary(row["runs"])["tokens_per_second"] / 1e9
     return f"{done / row['peak_bf16' if one['bf16'] else 'peak']:.0%}"
 
 
