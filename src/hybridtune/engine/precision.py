@@ -21,8 +21,9 @@ from ..recipe import Recipe
 
 FASTER = 1.3  # from here on bf16 counts as faster: less would not pay for its rounding
 ROWS, FEW, WIDTHS = 512, 16, (768, 3072)  # tokens of a batch, of a first look, and a feed-forward matrix of BERT's
+GROWTH = 4  # from one look to the next
 REPEATS = 5
-LONGEST = 0.3  # seconds of one measurement; what takes longer in bf16 is worked out from a few rows
+LONGEST = 0.3  # seconds of one measurement; what takes longer in bf16 is worked out from fewer rows
 
 Seconds = Callable[[int, bool], float]
 
@@ -167,10 +168,12 @@ def compare(seconds: Seconds) -> float:
     """
     for bf16 in (False, True):  # wakes the libraries up
         seconds(FEW, bf16)
-    half = _best(seconds, FEW, True) * ROWS / FEW
-    if half <= LONGEST:
-        half = _best(seconds, ROWS, True)
-    return _best(seconds, ROWS, False) / half
+    rows, half = FEW, _best(seconds, FEW, True)
+    # step by step: of a few rows most is the cast of the weight, and on a busy machine what else it does
+    while rows < ROWS and half * GROWTH <= LONGEST:
+        rows = min(rows * GROWTH, ROWS)
+        half = _best(seconds, rows, True)
+    return _best(seconds, ROWS, False) / (half * ROWS / rows)
 
 
 def _best(seconds: Seconds, rows: int, bf16: bool) -> float:
