@@ -215,11 +215,38 @@ def test_layout_against_a_loop() -> None:
     groups = [(group.rows, group.length) for group in layout.exact.groups]
     assert groups == [((4,), 1), ((0, 2), 2), ((1,), 3), ((3,), 4)]
     assert layout.longest == 4
-    for one in (layout, layout.exact, layout.apart):
+    for one in (layout, layout.exact):
         packed = layout.pack(values)
         assert torch.equal(one.join(one.split(packed, 1)), packed)
         for number, row in one.rows(packed).items():
             assert torch.equal(row, values[number][mask[number]])
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_layouts_together_against_a_loop(merge: bool) -> None:
+    """The same rows in both, each group's tokens those of its rows, and no group padded for more than a call."""
+    torch.manual_seed(0)
+    sizes = {name: torch.randint(1, 9, (12,)) * 12 for name in ("queries", "keys")}
+    masks = {name: torch.arange(110) < size[:, None] for name, size in sizes.items()}
+    values = {name: torch.randn(12, 110, 2) for name in sizes}
+    own, other = (Layout.of(masks[name]) for name in sizes)
+    queries, keys = own.together(other, merge)
+    assert [group.rows for group in queries.groups] == [group.rows for group in keys.groups]
+    assert sorted(row for group in keys.groups for row in group.rows) == list(range(12))
+    assert len(keys.groups) < 12 if merge else all(group.even for group in (*queries.groups, *keys.groups))
+    split = {
+        "queries": queries.split(own.pack(values["queries"]), 1),
+        "keys": keys.split(other.pack(values["keys"]), 1),
+    }
+    for name, layout in (("queries", queries), ("keys", keys)):
+        for group, piece in zip(layout.groups, split[name], strict=True):
+            for number, (row, length) in enumerate(zip(group.rows, group.lengths, strict=True)):
+                assert length == sizes[name][row]
+                assert torch.equal(piece[number, :length], values[name][row, :length])
+    assert torch.equal(queries.join(split["queries"]), own.pack(values["queries"]))
+    for one, two in zip(queries.groups, keys.groups, strict=True):
+        work = sum(q * k for q, k in zip(one.lengths, two.lengths, strict=True))
+        assert len(one.rows) * one.length * two.length - work <= CALL["cpu"] * (len(one.rows) - 1)
 
 
 def test_rows_are_padded_in_attention_where_a_call_costs_more() -> None:
@@ -308,9 +335,9 @@ def test_a_wrong_mask_is_seen_in_half_precision(name: str, half: str, monkeypatc
 
     assert started().on, started().reason
 
-    def all_seen(mask: Mask, query: int, key: int) -> torch.Tensor:
+    def all_seen(mask: Mask, group: int) -> torch.Tensor:
         """Also what comes after, and what is padding in a group."""
-        queries, keys = mask.queries.groups[query], mask.keys.groups[key]
+        queries, keys = mask.queries.groups[group], mask.keys.groups[group]
         return torch.ones(len(keys.rows), 1, queries.length, keys.length, dtype=torch.bool)
 
     monkeypatch.setattr(Mask, "of", all_seen)
@@ -534,22 +561,27 @@ def test_dropout_in_evaluation_and_of_zero_is_none() -> None:
 
 @pytest.mark.parametrize("masked", ["no", "causal", "bool", "added"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_fast_attention_against_the_formula(masked: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_fast_attention_against_the_formula(
+    masked: str, groups: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the same drawn mask, output and gradients are those of the plainest code."""
     torch.manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, 6, 8, dtype=torch.double, requires_grad=True) for heads in (4, 4 // groups, 4 // groups)
     )
     kept = torch.rand(2, 4, 6, 6) > 0.3
-    monkeypatch.setattr(dropout, "_drawn", lambda shape, p: (kept, 1 / 0.7))
+    monkeypatch.setattr(dropout, "_drawn", lambda shape, p, dtype: (kept, 1 / 0.7))
     seen = {"no": None, "causal": None, "bool": torch.rand(2, 1, 6, 6) > 0.4, "added": torch.randn(2, 1, 6, 6).double()}
     mask = seen[masked]
     if masked == "bool":
         mask |= torch.eye(6, dtype=torch.bool)
     module = nn.Module()
     module.num_key_value_groups = groups
-    found, _ = dropout.attention(module, query, key, value, mask, 0.3, 0.5, is_causal=masked == "causal")
-    scores = 0.5 * query @ key.repeat_interleave(groups, 1).transpose(-1, -2)
+    bias = torch.randn(1, 4, 6, 6, dtype=torch.double, requires_grad=True)
+    more = {"is_causal": masked == "causal", "position_bias": bias if biased else None}
+    found, _ = dropout.attention(module, query, key, value, mask, 0.3, 0.5, **more)
+    scores = 0.5 * query @ key.repeat_interleave(groups, 1).transpose(-1, -2) + bias * biased
     if masked in ("causal", "bool"):
         see = torch.ones(6, 6, dtype=torch.bool).tril() if masked == "causal" else mask
         scores = scores.masked_fill(~see, -torch.inf)
@@ -557,26 +589,31 @@ def test_fast_attention_against_the_formula(masked: str, groups: int, monkeypatc
     expected = (scores.softmax(-1) * kept / 0.7 @ value.repeat_interleave(groups, 1)).transpose(1, 2)
     torch.testing.assert_close(found, expected)
     signal = torch.randn_like(found)
-    ours = torch.autograd.grad(found, (query, key, value), signal)
-    theirs = torch.autograd.grad(expected, (query, key, value), signal)
+    inputs = (query, key, value, *([bias] if biased else []))
+    ours, theirs = (torch.autograd.grad(result, inputs, signal) for result in (found, expected))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "qwen3"])
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "t5"])
 def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And drops: two forwards differ; with a probability of nearly nothing they are the model's own."""
     config = {"attention_dropout": 0.5}
+    if name == "t5":
+        config = {"dropout_rate": 0.5}
     if name == "bert":
         config = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0, "classifier_dropout": 0.0}
     model = shaken(tiny.classifier(name, **config)).train()
+    for module in model.modules() if name == "t5" else ():
+        if isinstance(module, nn.Dropout):  # the seam alone leaves them
+            module.p = 0.0
     calls, own = [], dropout.attention
     monkeypatch.setattr(dropout, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
     with seam_of(model).open():
         first, second = model(**padded()).logits, model(**padded()).logits
     assert calls
     assert not torch.allclose(first, second)
-    monkeypatch.setattr(dropout, "_drawn", lambda shape, p: (torch.ones(shape, dtype=torch.bool), 1.0))
+    monkeypatch.setattr(dropout, "_drawn", lambda shape, p, dtype: (torch.ones(shape, dtype=dtype), 1.0))
     with seam_of(model).open():
         whole = model(**padded()).logits
     torch.testing.assert_close(whole, model.eval()(**padded()).logits, rtol=1e-4, atol=1e-4)

@@ -39,26 +39,22 @@ class Mask:
 
     def with_queries(self, queries: Layout) -> Mask:
         """The mask of cross-attention, where rows go in pairs."""
-        return Mask(self.keys.apart, self.asked, queries.apart)
+        queries, keys = queries.together(self.keys, merge=is_plain(self.asked["mask_function"]))
+        return Mask(keys, self.asked, queries)
 
     def with_exact(self) -> Mask:
         """The mask over rows that are not padded to the length of others."""
         return Mask(self.keys.exact, self.asked, self.queries.exact)
 
-    def pairs(self) -> list[int]:
-        """For every group of queries the number of the group of keys that has the same rows."""
-        numbers = {group.rows: number for number, group in enumerate(self.keys.groups)}
-        return [numbers[group.rows] for group in self.queries.groups]
-
-    def of(self, query: int, key: int) -> torch.Tensor | None:
-        """The mask of a group of queries over a group of keys, as the model's own implementation wants it."""
-        if query not in self._made:
-            queries, keys = self.queries.groups[query], self.keys.groups[key]
+    def of(self, group: int) -> torch.Tensor | None:
+        """The mask of a group's queries over its keys, as the model's own implementation wants it."""
+        if group not in self._made:
+            queries, keys = self.queries.groups[group], self.keys.groups[group]
             sizes = {"batch_size": len(keys.rows), "q_length": queries.length, "kv_length": keys.length}
             padding = None if keys.even else keys.mask.to(self.keys.index.device)
-            more = {"attention_mask": padding, "mask_function": self._function(query, key)}
-            self._made[query] = self.build(self.asked | sizes | more)
-        return self._made[query]
+            more = {"attention_mask": padding, "mask_function": self._function(group)}
+            self._made[group] = self.build(self.asked | sizes | more)
+        return self._made[group]
 
     def whole(self) -> torch.Tensor | None:
         """The mask that the model asked for, of the padded batch."""
@@ -69,13 +65,13 @@ class Mask:
         """Calls the function that the model's own implementation makes masks with."""
         return interface.inner_mask(asked["config"]._attn_implementation, MARK)(**asked)
 
-    def _function(self, query: int, key: int) -> Any:
+    def _function(self, group: int) -> Any:
         """Says which key a query sees; what is no plain relation of two places is asked for those in the batch."""
         function = self.asked["mask_function"]
         if is_plain(function):
             return function
-        rows = torch.tensor(self.keys.groups[key].rows, device=self.keys.index.device)
-        before, after = self.queries.columns[query], self.keys.columns[key]
+        rows = torch.tensor(self.keys.groups[group].rows, device=self.keys.index.device)
+        before, after = self.queries.columns[group], self.keys.columns[group]
         return lambda batch, head, q, k: function(rows[batch], head, before[batch, q], after[batch, k])
 
 
@@ -116,22 +112,23 @@ def attention(
     if mask is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     bias = kwargs.pop("position_bias", None)
+    crosses = mask.queries is not mask.keys
+    if crosses and not getattr(module, "has_relative_attention_bias", False):
+        bias = None  # T5's zeros: between two texts there is no distance
     function, p = mask.asked["mask_function"], kwargs.get("dropout") or 0.0
-    if inner is sdpa_attention_forward and bias is None and mask.queries is mask.keys and is_plain(function):
+    if inner is sdpa_attention_forward and bias is None and not crosses and is_plain(function):
         kernel = varlen.kernel_for(query, value, p)
         if kernel is not None:
             causal, states = function is causal_mask_function, (query, key, value)
             return varlen.attention(kernel, module, states, mask.keys, causal, kwargs.get("scaling"), p), None
-    if inner is sdpa_attention_forward and p and bias is None and query.device.type == "cpu":
+    if inner is sdpa_attention_forward and p and query.device.type == "cpu":
         inner = dropout.attention
         kwargs = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
-    queries = mask.queries.split(query, 2)
-    keys, values = (mask.keys.split(tensor, 2) for tensor in (key, value))
+    groups = zip(mask.queries.split(query, 2), mask.keys.split(key, 2), mask.keys.split(value, 2), strict=True)
     results = []
-    for number, at in enumerate(mask.pairs()):
-        q, k, v = queries[number], keys[at], values[at]
+    for number, (q, k, v) in enumerate(groups):
         if bias is not None:
             kwargs["position_bias"] = bias[:, :, : q.shape[2], : k.shape[2]]
-        found, _ = inner(module, q, k, v, mask.of(number, at), **kwargs)
+        found, _ = inner(module, q, k, v, mask.of(number), **kwargs)
         results.append(found)
     return mask.queries.join(results), None

@@ -1,7 +1,7 @@
 """Dropout on a CPU, with random numbers that cost a seventh: four from each 64 bits, where torch draws one by one.
 
-    y = x m / (1 - p)                             m: 0 with probability p, which is kept to 1/65536
-    a = (softmax(s Q K^T + mask) m / (1 - p)) V   attention with dropout, for which torch has no kernel on a CPU
+    y = x m / (1 - p)                                    m: 0 with probability p, which is kept to 1/65536
+    a = (softmax(s Q K^T + bias + mask) m / (1 - p)) V   attention with dropout, for which torch has no kernel on a CPU
 
 Their order is another than torch's; they come from the same generator, and a training that goes on finds its state.
 """
@@ -23,18 +23,24 @@ from .patch import patch
 _STEPS = 2**16
 
 
-def _drawn(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
-    """What is kept, True or False, and the factor on it."""
+def _drawn(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """What is kept as ones and zeros, and the factor on it.
+
+    They are 16-bit floats whose bits are made as integers: torch compares into Booleans, and multiplies with them, at
+    a fraction of the speed. They are of the type that they are multiplied with where that has 16 bits, else bfloat16.
+    """
     dropped, count = min(round(p * _STEPS), _STEPS - 1), shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[:count] >= dropped - _STEPS // 2
-    return kept.view(shape), _STEPS / (_STEPS - dropped)
+    kept = bits.view(torch.int16)[:count].view(shape).ge_(dropped - _STEPS // 2)
+    half = dtype if dtype.itemsize == 2 else torch.bfloat16
+    one = int(torch.ones((), dtype=half).view(torch.int16))
+    return kept.mul_(one).view(half), _STEPS / (_STEPS - dropped)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
-        kept, ctx.scale = _drawn(x.shape, p)
+        kept, ctx.scale = _drawn(x.shape, p, x.dtype)
         ctx.save_for_backward(kept)
         return (x * kept).mul_(ctx.scale)
 
@@ -51,16 +57,19 @@ class _Attention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        bias: torch.Tensor | None,
         mask: torch.Tensor | None,
         scaling: float,
         p: float,
     ) -> torch.Tensor:
         scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
+        if bias is not None:
+            scores = scores.add_(bias)
         if mask is not None:
             scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
         weights = scores.softmax(-1)
-        kept, ctx.scale = _drawn(weights.shape, p)
-        ctx.scaling = scaling
+        kept, ctx.scale = _drawn(weights.shape, p, weights.dtype)
+        ctx.scaling, ctx.bias = scaling, None if bias is None else bias.dtype
         ctx.save_for_backward(query, key, value, weights, kept)
         return torch.matmul((weights * kept).mul_(ctx.scale), value)
 
@@ -69,11 +78,15 @@ class _Attention(torch.autograd.Function):
         query, key, value, weights, kept = ctx.saved_tensors
         for_value = torch.matmul((weights * kept).mul_(ctx.scale).transpose(-1, -2), gradient)
         for_weights = torch.matmul(gradient, value.transpose(-1, -2)).mul_(kept).mul_(ctx.scale)
-        for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
+        for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
+        # one for all rows of a group
+        for_bias = for_scores.sum(0, keepdim=True, dtype=ctx.bias) if ctx.needs_input_grad[3] else None
+        for_scores = for_scores.mul_(ctx.scaling)
         return (
             torch.matmul(for_scores, key),
             torch.matmul(for_scores.transpose(-1, -2), query),
             for_value,
+            for_bias,
             None,
             None,
             None,
@@ -89,6 +102,7 @@ def attention(
     dropout: float,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
     """Stands in for transformers' sdpa where attention has dropout; shapes and meaning are the same."""
     groups = getattr(module, "num_key_value_groups", 1)
@@ -98,7 +112,7 @@ def attention(
     if causal and attention_mask is None:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    result = _Attention.apply(query, key, value, attention_mask, scaling, dropout)  # type: ignore[no-untyped-call]
+    result = _Attention.apply(query, key, value, position_bias, attention_mask, scaling, dropout)  # type: ignore[no-untyped-call]
     return result.transpose(1, 2), None
 
 

@@ -8,7 +8,7 @@ another call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,16 +25,16 @@ class Group:
 
     Attributes:
         rows: numbers of these rows in the padded batch.
-        lengths: of each, in tokens, ascending.
+        lengths: of each, in tokens.
     """
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Of the longest row."""
-        return self.lengths[-1]
+        return max(self.lengths)
 
     @property
     def tokens(self) -> int:
@@ -44,7 +44,7 @@ class Group:
     @property
     def even(self) -> bool:
         """Whether all rows have one length."""
-        return self.lengths[0] == self.lengths[-1]
+        return min(self.lengths) == self.length
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -78,12 +78,16 @@ class Layout:
     Attributes:
         shape: rows and width of the padded batch.
         index: [tokens] for every place of the packed row the number of the place in the padded batch, row by row.
-        groups: from the shortest rows to the longest.
+        lengths: number in the batch and tokens of every row, as they lie: from the shortest to the longest.
+        groups: of all rows, as attention takes them.
+        order: [tokens] places of the packed row as the groups have them; None: as they lie.
     """
 
     shape: tuple[int, int]
     index: torch.Tensor
+    lengths: tuple[tuple[int, int], ...]
     groups: tuple[Group, ...]
+    order: torch.Tensor | None = None
     _packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -101,35 +105,39 @@ class Layout:
         lengths, order = mask.sum(1).sort(stable=True)
         found = mask[order].nonzero()
         index = order[found[:, 0]] * mask.shape[1] + found[:, 1]
-        rows = list(zip(order.tolist(), lengths.tolist(), strict=True))
-        call = CALL.get(mask.device.type, 0) if merge else 0
-        return cls((mask.shape[0], mask.shape[1]), index, tuple(_grouped(rows, call)))
+        rows = tuple(zip(order.tolist(), lengths.tolist(), strict=True))
+        groups, _ = _grouped(rows, dict(rows), CALL.get(mask.device.type, 0) if merge else 0)
+        return cls((mask.shape[0], mask.shape[1]), index, rows, groups)
+
+    def together(self, other: Layout, merge: bool = True) -> tuple[Layout, Layout]:
+        """Both packings with groups of the same rows, as cross-attention takes them: in the order of this one.
+
+        Args:
+            other: of other tokens for the same rows.
+            merge: whether a group may have rows of several lengths.
+        """
+        lengths = dict(other.lengths)
+        own, others = _grouped(self.lengths, lengths, CALL.get(self.index.device.type, 0) if merge else 0)
+        starts = dict(zip(lengths, other.bounds.tolist(), strict=False))
+        places = [torch.arange(starts[row], starts[row] + lengths[row]) for row, _ in self.lengths]
+        order = torch.cat(places).to(other.index.device)
+        return replace(self, groups=own), replace(other, groups=others, order=order)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return self.groups[-1].length
+        return self.lengths[-1][1]
 
     @cached_property
     def bounds(self) -> torch.Tensor:
         """[rows + 1] where each row of the packed row begins, and where the last one ends; 32-bit."""
-        ends = itertools.accumulate(length for _, length in self._rows)
+        ends = itertools.accumulate(length for _, length in self.lengths)
         return torch.tensor([0, *ends], dtype=torch.int32, device=self.index.device)
-
-    @cached_property
-    def _rows(self) -> list[tuple[int, int]]:
-        """Number and length of every row, in the packed row's order."""
-        return [pair for group in self.groups for pair in zip(group.rows, group.lengths, strict=True)]
-
-    @cached_property
-    def apart(self) -> Layout:
-        """The same packing with a group for every row: in cross-attention two layouts have to go together."""
-        return replace(self, groups=tuple(Group((row,), (length,)) for row, length in self._rows))
 
     @cached_property
     def exact(self) -> Layout:
         """The same packing with a group for every length: no row is padded to the length of another."""
-        return replace(self, groups=tuple(_grouped(self._rows, call=0)))
+        return replace(self, groups=_grouped(self.lengths, dict(self.lengths), call=0)[0])
 
     @cached_property
     def columns(self) -> tuple[torch.Tensor, ...]:
@@ -138,6 +146,8 @@ class Layout:
 
     def split(self, packed: torch.Tensor, dim: int) -> list[torch.Tensor]:
         """The groups: [1, ..., tokens, ...] as [rows, ..., length, ...] each."""
+        if self.order is not None:
+            packed = packed.index_select(dim, self.order)
         pieces = torch.split(packed, [group.tokens for group in self.groups], dim)
         return [group.padded(piece, dim) for piece, group in zip(pieces, self.groups, strict=True)]
 
@@ -165,8 +175,8 @@ class Layout:
 
     def rows(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
         """[1, tokens, ...] as [length, ...] for each row of the batch, by its number."""
-        pieces = torch.split(packed[0], [length for _, length in self._rows])
-        return {row: piece for (row, _), piece in zip(self._rows, pieces, strict=True)}
+        pieces = torch.split(packed[0], [length for _, length in self.lengths])
+        return {row: piece for (row, _), piece in zip(self.lengths, pieces, strict=True)}
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, tokens, ...] as [rows, width, ...], with zeros for padding."""
@@ -175,14 +185,31 @@ class Layout:
         return torch.unflatten(empty.index_copy(0, self.index, packed[0]), 0, (rows, width))
 
 
-def _grouped(rows: Iterable[tuple[int, int]], call: int) -> list[Group]:
-    """Puts rows, sorted by length, into groups: lengths together where padding costs less than a call."""
-    groups: list[Group] = []
-    for length, same in itertools.groupby(rows, key=lambda row: row[1]):
-        numbers = tuple(row for row, _ in same)
-        before = groups[-1] if groups else None
-        if before and len(before.rows) * (length**2 - before.length**2) <= call:
-            groups[-1] = Group(before.rows + numbers, before.lengths + (length,) * len(numbers))
+def _grouped(
+    rows: Iterable[tuple[int, int]], keys: Mapping[int, int], call: int
+) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
+    """Puts rows into groups: those beside each other together where padding costs less than a call.
+
+    Args:
+        rows: number and queries of each, in order.
+        keys: of each, by its number.
+        call: what a call costs, in scores.
+
+    Returns:
+        Groups of queries, and of the same rows' keys.
+    """
+    found: list[list[int]] = []
+    lengths = dict(rows)
+    widest, longest = 0, 0  # keys and queries of the last group
+    for row, length in lengths.items():
+        wide, long = max(widest, keys[row]), max(longest, length)
+        work = length * keys[row]
+        if found and len(found[-1]) * (wide * long - widest * longest) + wide * long - work <= call:
+            found[-1].append(row)
+            widest, longest = wide, long
         else:
-            groups.append(Group(numbers, (length,) * len(numbers)))
-    return groups
+            found.append([row])
+            widest, longest = keys[row], length
+    return tuple(
+        tuple(Group(tuple(group), tuple(of[row] for row in group)) for group in found) for of in (lengths, keys)
+    )  # type: ignore[return-value]

@@ -154,11 +154,15 @@ class _Stack:
         for layer in self.layers[:frozen]:
             patch(layer, "forward", partial(self._pass, layer.forward), undo)
 
+    def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The hidden states among a layer's arguments."""
+        return args[0] if args else kwargs[self.names[0]]
+
     def _pass(self, own: Any, *args: Any, **kwargs: Any) -> Any:
         """A frozen layer whose results are known: hands on what it is given, and what else it gives those above."""
         if self.known is None:
             return own(*args, **kwargs)
-        hidden = args[0] if args else kwargs[self.names[0]]
+        hidden = self._hidden(args, kwargs)
         if self.beside is None:
             return hidden
         return (hidden, *(None if value is None else self._handed_on() for value in self.beside))
@@ -199,11 +203,14 @@ class _Stack:
         if self.known is not None and at < self.frozen:
             return None
         if self.stops and at == self.frozen:
-            raise _Stopped(args[0] if args else kwargs[self.names[0]], own.keys)
+            raise _Stopped(self._hidden(args, kwargs), own.keys)
 
         def packed(name: str, value: Any) -> Any:
             if name == self.names[0] and at:  # the layer before has given it
                 return value if self.known is None or at > self.frozen else self._recall(own.keys)
+            if name == "encoder_decoder_position_bias" and value is None:
+                # T5 would make zeros for every packed query over every packed key; attention does without them
+                return self._hidden(args, kwargs).new_zeros(1, 1, 1, 1)
             if of(value):
                 crossed = other is not None and _from_encoder(name)
                 if crossed:
