@@ -223,7 +223,7 @@ def measure(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict
     rows = texts_of(asked.data, texts, count)
     once: Callable[..., dict[str, Any]] = predict_once if method == "predict" else train_once
     faster = bf16_is_faster()
-    bf16 = {"ours": faster and method != "predict", "a": False, "b": faster}  # a `Predictor` computes in fp32
+    bf16 = {"ours": faster, "a": False, "b": faster}
     trial = {attention: once(asked.model, method, rows, "b", attention, bf16["b"]) for attention in ("sdpa", "eager")}
     best = max(trial, key=lambda attention: trial[attention]["tokens_per_second"])
     for _ in range(asked.pairs):
@@ -352,7 +352,7 @@ def predict_once(name: str, method: str, texts: list[str], side: str, attention:
     with tempfile.TemporaryDirectory() as folder:
         if side == "ours":
             begun = time.perf_counter()
-            predict.Predictor(model, tokenizer, Task(), 512, BATCH).logits(rows)
+            predict.Predictor(model, tokenizer, Task(), 512, BATCH, bf16=bf16).logits(rows)
         else:
             given = arguments(side, folder, bf16, bf16_full_eval=bf16)
             trainer = Trainer(model, given, processing_class=tokenizer)

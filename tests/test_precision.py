@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import texts
 import tiny
@@ -29,6 +30,7 @@ from hybridtune.engine.casts import Casts
 from hybridtune.engine.precision import FASTER, FEW, LONGEST, REPEATS, ROWS, Choice, Probe, choose, compare
 from hybridtune.errors import RecipeError
 from hybridtune.recipe import Recipe, Stage, Strategy
+from hybridtune.run import evaluate_run
 from hybridtune.train import HybridTrainer
 
 CPU = torch.device("cpu")
@@ -289,6 +291,30 @@ def test_a_mistake_is_one_error(tune: Any, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RecipeError, match="bf16: true, but this device cannot compute in it"):
         tune(bf16=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_predictions_in_bf16_are_those_of_autocast(tune: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed as well; what is asked for is refused where it cannot be had, and fp32 stays the default."""
+    run, _ = tune(bf16=False)
+    texts = ["the parcel was lost", "a refund", "where is it, and when does it come?", "thanks"]
+    half, whole = (hybridtune.load(run.folder, bf16=bf16) for bf16 in (True, False))
+    items = half.predictor.encode(half.predictor.task.rows_from(texts))
+    found, single = np.stack(half.predictor.logits(items)), np.stack(whole.predictor.logits(items))
+    collate = hf.DataCollatorWithPadding(run.tokenizer)
+    batch = collate([{key: row[key] for key in ("input_ids", "attention_mask")} for row in items.to_list()])
+    with torch.inference_mode():
+        plain = run.model(**batch).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = run.model(**batch).logits.float()
+    scale = float(plain.abs().max())
+    torch.testing.assert_close(torch.tensor(single), plain, rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=0.02 * scale)
+    assert not np.allclose(found, single, rtol=1e-5, atol=0), "bf16 rounds"
+    with pytest.raises(RecipeError, match="bf16 without rows"):
+        evaluate_run(run.folder, None, bf16=True)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    with pytest.raises(RecipeError, match="this device cannot compute in it"):
+        hybridtune.load(run.folder, bf16=True)
 
 
 def test_doctor(cache: Path, measured: Any) -> None:

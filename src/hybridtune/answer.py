@@ -29,6 +29,7 @@ def answers(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     watch: Watch | None = None,
+    bf16: bool = False,
 ) -> list[np.ndarray]:
     """What a model answers: for every item its logits, float32, or the tokens that it wrote, int64.
 
@@ -44,6 +45,7 @@ def answers(
         per_token=task.per_token,
         fast=not task.writes,
         watch=watch,
+        bf16=bf16,
     )
 
 
@@ -57,6 +59,7 @@ def run(
     per_token: bool = False,
     fast: bool = True,
     watch: Watch | None = None,
+    bf16: bool = False,
 ) -> list[np.ndarray]:
     """Computes something of all items.
 
@@ -69,6 +72,7 @@ def run(
         per_token: whether that has a place for every token.
         fast: whether it runs through the engine, without padding.
         watch: is told after every batch.
+        bf16: whether under autocast to bf16.
 
     Returns:
         An array an item, in their order; of what has a place for every token, without those of padding.
@@ -82,7 +86,7 @@ def run(
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
     results: dict[int, np.ndarray] = {}
     engine: Engine | None = None
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         while order:
             numbers = order[:batch_size]
             try:

@@ -121,13 +121,19 @@ def tune(
     return run
 
 
-def load(folder: str | Path, device: str = "auto") -> Run:
+def load(folder: str | Path, device: str = "auto", bf16: bool = False) -> Run:
     """Loads a run, or a model folder that a run has handed over.
+
+    Args:
+        folder: its folder.
+        device: auto, cpu, cuda or mps.
+        bf16: whether it predicts under autocast to bf16, which rounds; `hybridtune doctor` says where it is faster.
 
     Raises:
         RunError: the folder is neither.
+        RecipeError: bf16 is asked for, and the device has none.
     """
-    return Run(Path(folder), device)
+    return Run(Path(folder), device, bf16)
 
 
 def _goal(recipe: Recipe, task: Task, own: OwnMetrics, computes: bool) -> tuple[str, str]:

@@ -40,6 +40,9 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, or of a model 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of the recipe: key.path=value (repeatable).")]
 RecipeFile = Annotated[Path | None, typer.Argument(help="A recipe, as YAML.")]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Half = Annotated[
+    bool, typer.Option("--bf16", help="Compute in bf16, which rounds; `hybridtune doctor` says whether it is faster.")
+]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="text=NAME or label=NAME (repeatable).")]
 BadRows = Annotated[
     Literal["refuse", "skip"] | None,
@@ -181,6 +184,7 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     column: Columns = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = "auto",
+    bf16: Half = False,
     as_json: Json = False,
 ) -> None:
     """Predict texts or a file of rows with a tuned model."""
@@ -195,7 +199,7 @@ def predict(
             )
         from . import api
 
-        tuned = api.load(run, device)
+        tuned = api.load(run, device, bf16)
         doubts: list[str] = []
         source, rows = "the rows", list(texts or [])
         if input_:
@@ -233,6 +237,7 @@ def evaluate(
     ] = None,
     column: Columns = None,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = "auto",
+    bf16: Half = False,
     as_json: Json = False,
 ) -> None:
     """Score a tuned model on labelled rows, with 95% intervals."""
@@ -242,7 +247,7 @@ def evaluate(
         from .progress import say_numbers
 
         with console.watch("evaluate") as watch:
-            result = api.evaluate_run(run, data, device, _columns(column), watch)
+            result = api.evaluate_run(run, data, device, _columns(column), watch, bf16)
         for finding in result.get("findings", []):  # of new rows; those of the run's own were told when tuning
             console.finding(f"{finding['count']} x {finding['kind']}: {finding['did']}", finding["level"])
         console.table(

@@ -19,6 +19,7 @@ from . import model as models
 from .checkpoint import ABOUT, Base
 from .data.checking.rows import place, row_numbers
 from .data.reading import read as reading
+from .engine import precision
 from .errors import DataError, RunError
 from .tasks import Task
 
@@ -36,6 +37,7 @@ class Predictor:
         limit: rows are cut after that many tokens.
         batch_size: items at a time.
         watch: is told how many of them are done, of how many.
+        bf16: whether it computes under autocast to bf16, as a training in bf16 does; else in the model's own type.
     """
 
     model: PreTrainedModel
@@ -44,6 +46,7 @@ class Predictor:
     limit: int
     batch_size: int = answer.BATCH
     watch: answer.Watch | None = None
+    bf16: bool = False
 
     def predict(
         self,
@@ -81,7 +84,7 @@ class Predictor:
 
     def logits(self, items: Dataset) -> list[np.ndarray]:
         """The model's answers, an array an item, in their order: logits, or the tokens that it writes."""
-        return answer.answers(self.model, self.task, items, self.tokenizer, self.batch_size, self.watch)
+        return answer.answers(self.model, self.task, items, self.tokenizer, self.batch_size, self.watch, self.bf16)
 
     def encode(self, rows: reading.Source, columns: dict[str, str] | None = None) -> Dataset:
         """Token ids of rows that need no labels."""
@@ -136,14 +139,18 @@ def features(model: PreTrainedModel, items: Dataset, tokenizer: PreTrainedTokeni
     return np.stack(answer.run(model, asked, tokenizer, batch_size, pooled))
 
 
-def load(folder: Path, device: str = "auto") -> Predictor:
+def load(folder: Path, device: str = "auto", bf16: bool = False) -> Predictor:
     """Loads what a tuning has made: a run, its `model/` folder, a delta folder, a PEFT folder or a plain checkpoint.
 
     Raises:
+        RecipeError: bf16 is asked for, and the device has none.
         RunError: the folder is none of these, or is damaged.
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no such folder", mend="`hybridtune runs` lists the runs")
+    where = models.pick_device(device)
+    if bf16:
+        precision.refuse_bf16(where)
     home = folder / "model" if (folder / "model" / ABOUT).is_file() else folder
     if not (home / ABOUT).is_file():
         unfinished = (folder / "recipe.yaml").is_file()
@@ -162,7 +169,7 @@ def load(folder: Path, device: str = "auto") -> Predictor:
         model = models.load(str(home), task.auto_class, **task.model_config()).model
     tokenizer = models.load_tokenizer(str(home))
     task.prepare(model, tokenizer)
-    return Predictor(model, tokenizer, task, limit).to(models.pick_device(device))
+    return Predictor(model, tokenizer, task, limit, bf16=bf16).to(where)
 
 
 def read_about(home: Path, files: bool = False) -> tuple[Task, Base, int]:

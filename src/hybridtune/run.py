@@ -15,7 +15,7 @@ from datasets import Dataset
 from . import evaluate, export, predict
 from .answer import Watch
 from .data.reading import read
-from .errors import HybridtuneError, RunError, first_line, unknown
+from .errors import HybridtuneError, RecipeError, RunError, first_line, unknown
 from .files import read_json
 from .own_metrics import OwnMetrics
 from .recipe import read_recipe
@@ -28,10 +28,12 @@ class Run:
     Attributes:
         folder: where it is.
         device: where its model is put.
+        bf16: whether it computes under autocast to bf16.
     """
 
     folder: Path
     device: str = "auto"
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         _ = self.predictor  # a folder that is no run is refused at once
@@ -39,7 +41,7 @@ class Run:
     @cached_property
     def predictor(self) -> predict.Predictor:
         """The tuned model with its tokenizer and task."""
-        return predict.load(self.folder, self.device)
+        return predict.load(self.folder, self.device, self.bf16)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -161,15 +163,19 @@ def evaluate_run(
     device: str = "auto",
     columns: dict[str, str] | None = None,
     watch: Watch | None = None,
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """As `Run.evaluate`; the model is loaded only where there are rows. `watch` is told how many are done.
 
     Raises:
         RunError: the run is not finished.
+        RecipeError: bf16 is asked for, and there are no rows, or the device has none.
     """
     if data is None:
+        if bf16:
+            raise RecipeError("evaluate: bf16 without rows", expected="--data", mend="the run's own scores are fp32's")
         return evaluate.read_evaluation(folder)
-    run = Run(folder, device)
+    run = Run(folder, device, bf16)
     run.predictor.watch = watch
     return run.evaluate(data, columns)
 

@@ -78,12 +78,8 @@ def choose(recipe: Recipe, device: torch.device, begun: bool | None = None) -> C
     """
     if recipe.fp16 and not recipe.bf16:
         refuse_fp16(device)
-    if (recipe.bf16 if recipe.bf16 is not None else begun) and not has_bf16(device):
-        raise RecipeError(
-            "bf16: true, but this device cannot compute in it",
-            found=machine(device)["device"],
-            mend="leave bf16 away, or give bf16: false",
-        )
+    if recipe.bf16 if recipe.bf16 is not None else begun:
+        refuse_bf16(device)
     if recipe.bf16 is not None:
         return Choice(recipe.bf16, False, "as asked for")
     if begun is not None:
@@ -96,6 +92,20 @@ def choose(recipe: Recipe, device: torch.device, begun: bool | None = None) -> C
         return Choice(False, True, "this device has none")
     found = probe(device)
     return Choice(found.faster, True, str(found))
+
+
+def refuse_bf16(device: torch.device) -> None:
+    """Refuses bf16 where there is none.
+
+    Raises:
+        RecipeError: the device cannot compute in it.
+    """
+    if not has_bf16(device):
+        raise RecipeError(
+            "bf16: true, but this device cannot compute in it",
+            found=machine(device)["device"],
+            mend="leave bf16 away, or give bf16: false",
+        )
 
 
 def refuse_fp16(device: torch.device) -> None:
