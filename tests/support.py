@@ -112,6 +112,7 @@ TITLES = {
     "gpt2": "GPT-2",
     "t5": "T5",
     "bart": "BART",
+    "marian": "Marian",
 }
 _MASKED = {"bert": hf.BertForMaskedLM, "roberta": hf.RobertaForMaskedLM}
 CLASSIFIERS = {
@@ -351,7 +352,7 @@ BERTs, and no classifier.
 
 ## Methods on language models
 
-BERT and RoBERTa with masked tokens, T5 and BART with encoder and decoder, the others causal.
+BERT and RoBERTa with masked tokens, T5, BART and Marian with encoder and decoder, the others causal.
 
 {language}
 

@@ -406,3 +406,15 @@ def test_a_meta_model_has_the_same_parts(name: str) -> None:
         there = Anatomy(LANGUAGE_MODELS[name]() if name in LANGUAGE_MODELS else tiny.classifier(name))
     for part in ("all", "embeddings", "layers[-2:]", "head", "norms"):
         assert there.part(part) == anatomy(name).part(part)
+
+
+def test_what_an_architecture_fixes_is_in_no_part() -> None:
+    """Marian's sinusoids, which Trainer leaves alone too; what somebody has frozen is not fixed."""
+    model = tiny.language_model("marian")
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert fixed == {f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")}
+    every = {name for name, _ in model.named_parameters()}
+    for one in (model, model.requires_grad_(False)):
+        assert set(Anatomy(one).part("all").parameters) == every - fixed
+    bert = tiny.classifier("bert").requires_grad_(False)
+    assert set(Anatomy(bert).part("all").parameters) == {name for name, _ in bert.named_parameters()}

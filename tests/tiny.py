@@ -95,8 +95,9 @@ _LANGUAGE_MODELS = {
     "gpt2": hf.GPT2LMHeadModel,
     "t5": hf.T5ForConditionalGeneration,
     "bart": hf.BartForConditionalGeneration,
+    "marian": hf.MarianMTModel,
 }
-CAUSAL, SEQ2SEQ = ("llama", "qwen3", "gemma", "gpt2"), ("t5", "bart")
+CAUSAL, SEQ2SEQ = ("llama", "qwen3", "gemma", "gpt2"), ("t5", "bart", "marian")
 
 
 def classifier(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
@@ -114,7 +115,10 @@ def headed(name: str, head: str, seed: int = 0) -> hf.PreTrainedModel:
 
 def language_model(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
     """A tiny language model, in evaluation mode, with weights so large that texts differ."""
-    built = classifier(name, seed, **config).config
+    if name == "marian":  # which has no classifier, and BART's sizes
+        built = hf.MarianConfig(**classifier("bart").config.to_diff_dict() | {"model_type": "marian"} | config)
+    else:
+        built = classifier(name, seed, **config).config
     torch.manual_seed(seed)
     model = _LANGUAGE_MODELS[name](built).eval()
     shake(model.parameters(), by=0.2, seed=seed)
