@@ -20,7 +20,7 @@ from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
 from hybridtune.engine import Caches, dropout, lora, proof
 from hybridtune.engine.attention import Mask
-from hybridtune.engine.layout import CALL, Layout
+from hybridtune.engine.layout import CALL, Layout, filled
 from hybridtune.engine.seam import Seam
 from hybridtune.layers import find_stacks
 from hybridtune.recipe import Stage
@@ -85,10 +85,18 @@ def check_equal(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     assert torch.equal(again, expected), "the seam is closed, the model is as it was"
 
 
-@pytest.mark.parametrize("call", [0, 2**10], ids=["exact", "merged"])
+@pytest.fixture(params=["exact", "merged", "filled up"])
+def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in groups of one length, of several, and of several with places behind the last token, as in bf16."""
+    monkeypatch.setitem(CALL, "cpu", 0 if request.param == "exact" else 2**10)
+    if request.param == "filled up":
+        own = Layout.of
+        monkeypatch.setattr(Layout, "of", lambda mask, merge, fill: own(mask, merge, fill=True))
+
+
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("name", ON)
-def test_a_classifier_gives_the_same(name: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CALL, "cpu", call)
+def test_a_classifier_gives_the_same(name: str) -> None:
     check_equal(shaken(tiny.classifier(name)), padded())
 
 
@@ -98,6 +106,7 @@ def test_a_decoder_gives_the_same(name: str, side: str) -> None:
     check_equal(tiny.language_model(name), padded(side))
 
 
+@pytest.mark.usefixtures("packing")
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "all seen"])
 @pytest.mark.parametrize("name", [*tiny.SEQ2SEQ, "encoder-decoder"])
 def test_an_encoder_decoder_gives_the_same(name: str, masked: bool) -> None:
@@ -202,24 +211,53 @@ def test_as_many_tokens_as_the_batch_is_wide(name: str) -> None:
     check_equal(shaken(tiny.classifier(name)), wide)
 
 
-def test_layout_against_a_loop() -> None:
+@pytest.mark.parametrize("fill", [False, True])
+def test_layout_against_a_loop(fill: bool) -> None:
     """Packing and padding against the plainest code, with padding anywhere."""
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
-    layout, values = Layout.of(mask), torch.randn(5, 4, 3)
+    layout, values = Layout.of(mask, fill=fill), torch.randn(5, 4, 3)
     lengths = [max(int(row.sum()), 1) for row in mask]
     order = sorted(range(5), key=lambda row: lengths[row])
     mask[4, 0] = True  # a row without tokens keeps one
     expected = torch.cat([values[row][mask[row]] for row in order])
-    assert torch.equal(layout.pack(values)[0], expected)
+    assert torch.equal(layout.pack(values)[0, : len(expected)], expected)
+    assert layout.pack(values).shape[1] == (16 if fill else len(expected))
     assert torch.equal(layout.unpack(layout.pack(values)), values * mask.unsqueeze(-1))
     groups = [(group.rows, group.length) for group in layout.exact.groups]
     assert groups == [((4,), 1), ((0, 2), 2), ((1,), 3), ((3,), 4)]
     assert layout.longest == 4
     for one in (layout, layout.exact):
         packed = layout.pack(values)
-        assert torch.equal(one.join(one.split(packed, 1)), packed)
+        joined = one.join(one.split(packed, 1))
+        assert torch.equal(joined[:, : len(expected)], packed[:, : len(expected)])
+        assert not joined[:, len(expected) :].any()
         for number, row in one.rows(packed).items():
             assert torch.equal(row, values[number][mask[number]])
+
+
+def test_packed_rows_have_few_sizes() -> None:
+    """Never shorter, at most a sixteenth (or 16 places) longer, and 16 sizes from any length to its double."""
+    for tokens in range(1, 5000):
+        assert 0 <= filled(tokens) - tokens < max(16, tokens / 16 + 1)
+    for low in (256, 1000, 2500):
+        assert len({filled(tokens) for tokens in range(low, 2 * low)}) <= 17
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_rows_are_filled_up_in_bf16_alone(name: str) -> None:
+    model, sizes = shaken(tiny.classifier(name)), []
+    layer = find_stacks(dict(model.named_modules()))[0].layers[1]
+    model.get_submodule(layer).register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    batch = padded(lengths=(5, 6, 10))
+    with torch.no_grad(), seam_of(model).open():
+        model(**batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(**batch).logits
+        model.bfloat16()(**batch)
+    assert sizes == [21, 32, 32]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model.float()(**batch).logits
+    torch.testing.assert_close(half, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 
+LEAST, SIZES = (
+    16,
+    16,
+)  # tokens between two sizes of a packed row that is filled up, and sizes from one length to its double
+
 # What a call of attention costs beside its work, in scores (queries times keys) of one row.
 CALL = {"cpu": 2**13, "cuda": 2**16}
 
@@ -77,7 +82,8 @@ class Layout:
 
     Attributes:
         shape: rows and width of the padded batch.
-        index: [tokens] for every place of the packed row the number of the place in the padded batch, row by row.
+        index: [places] for every place of the packed row the number of the place in the padded batch, row by row;
+            behind the tokens, where the row is filled up, that of the first one.
         lengths: number in the batch and tokens of every row, as they lie: from the shortest to the longest.
         groups: of all rows, as attention takes them.
         order: [tokens] places of the packed row as the groups have them; None: as they lie.
@@ -91,7 +97,7 @@ class Layout:
     _packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, mask: torch.Tensor, merge: bool = True) -> Layout:
+    def of(cls, mask: torch.Tensor, merge: bool = True, fill: bool = False) -> Layout:
         """Of a batch's mask [rows, width], True where a token is; wherever the padding is.
 
         A row without a token keeps its first place, so that no row is lost.
@@ -99,12 +105,16 @@ class Layout:
         Args:
             mask: of the batch.
             merge: whether a group may have rows of several lengths.
+            fill: whether the packed row is filled up to one of a few sizes (see `filled`); what stands in the places
+                behind the tokens is never seen, and gives no gradient.
         """
         mask = mask.clone()
         mask[:, 0] |= ~mask.any(1)
         lengths, order = mask.sum(1).sort(stable=True)
         found = mask[order].nonzero()
         index = order[found[:, 0]] * mask.shape[1] + found[:, 1]
+        if fill:
+            index = torch.cat([index, index[:1].expand(filled(len(index)) - len(index))])
         rows = tuple(zip(order.tolist(), lengths.tolist(), strict=True))
         groups, _ = _grouped(rows, dict(rows), CALL.get(mask.device.type, 0) if merge else 0)
         return cls((mask.shape[0], mask.shape[1]), index, rows, groups)
@@ -129,6 +139,11 @@ class Layout:
         return self.lengths[-1][1]
 
     @cached_property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(length for _, length in self.lengths)
+
+    @cached_property
     def bounds(self) -> torch.Tensor:
         """[rows + 1] where each row of the packed row begins, and where the last one ends; 32-bit."""
         ends = itertools.accumulate(length for _, length in self.lengths)
@@ -148,15 +163,21 @@ class Layout:
         """The groups: [1, ..., tokens, ...] as [rows, ..., length, ...] each."""
         if self.order is not None:
             packed = packed.index_select(dim, self.order)
+        packed = packed.narrow(dim, 0, self.tokens)
         pieces = torch.split(packed, [group.tokens for group in self.groups], dim)
         return [group.padded(piece, dim) for piece, group in zip(pieces, self.groups, strict=True)]
 
     def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The groups' [rows, length, ...] as [1, tokens, ...]."""
-        return torch.cat([group.packed(piece) for piece, group in zip(pieces, self.groups, strict=True)], dim=1)
+        """The groups' [rows, length, ...] as [1, places, ...]."""
+        return self.fill([group.packed(piece) for piece, group in zip(pieces, self.groups, strict=True)])
+
+    def fill(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What lies side by side, [1, some tokens, ...] each, as [1, places, ...], with zeros behind the last token."""
+        behind = pieces[0].new_zeros(1, len(self.index) - self.tokens, *pieces[0].shape[2:])
+        return torch.cat([*pieces, behind], dim=1)
 
     def pack(self, value: Any) -> Any:
-        """What of a layer's argument has a place for each token, [rows or 1, width, ...], as [1, tokens, ...].
+        """What of a layer's argument has a place for each token, [rows or 1, width, ...], as [1, places, ...].
 
         Args:
             value: anything; tuples and lists are looked into, and what has other shapes comes back as it is.
@@ -174,15 +195,27 @@ class Layout:
         return self._packed[id(value)][1]
 
     def rows(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
-        """[1, tokens, ...] as [length, ...] for each row of the batch, by its number."""
-        pieces = torch.split(packed[0], [length for _, length in self.lengths])
+        """[1, places, ...] as [length, ...] for each row of the batch, by its number."""
+        pieces = torch.split(packed[0, : self.tokens], [length for _, length in self.lengths])
         return {row: piece for (row, _), piece in zip(self.lengths, pieces, strict=True)}
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """[1, tokens, ...] as [rows, width, ...], with zeros for padding."""
+        """[1, places, ...] as [rows, width, ...], with zeros for padding."""
         rows, width = self.shape
         empty = packed.new_zeros(rows * width, *packed.shape[2:])
-        return torch.unflatten(empty.index_copy(0, self.index, packed[0]), 0, (rows, width))
+        return torch.unflatten(
+            empty.index_copy(0, self.index[: self.tokens], packed[0, : self.tokens]), 0, (rows, width)
+        )
+
+
+def filled(tokens: int) -> int:
+    """To how many places a packed row is filled up: at most a sixteenth more, so that lengths have few sizes.
+
+    On a CPU oneDNN makes code for every size of a product in half precision, in milliseconds and some 600 KiB of memory
+    each, and keeps up to 1,024 of them.
+    """
+    step: int = max(LEAST, 2 ** (tokens.bit_length() - 1) // SIZES)
+    return -(-tokens // step) * step
 
 
 def _grouped(

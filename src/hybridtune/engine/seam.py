@@ -23,6 +23,7 @@ from .. import interface
 from ..layers import Stack
 from .attention import MARK, Mask, attention, carry, is_plain, of
 from .batches import is_row
+from .casts import autocast_type
 from .frozen import Frozen, keys_of
 from .layout import Layout
 from .patch import in_evaluation, patch
@@ -177,7 +178,7 @@ class _Stack:
         """The known hidden states as a packed row."""
         assert self.known is not None
         rows = [self.known[row] for group in layout.groups for row in group.rows]
-        return torch.cat([row.to(layout.index.device) for row in rows]).unsqueeze(0)
+        return layout.fill([row.to(layout.index.device).unsqueeze(0) for row in rows])
 
     def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
         """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
@@ -265,5 +266,6 @@ def _mask(**asked: Any) -> torch.Tensor | None:
         return Mask.build(asked)
     if mask is None:
         mask = torch.ones(asked["batch_size"], asked["kv_length"], dtype=torch.bool, device=asked["device"])
-    layout = Layout.of(mask, merge=is_plain(asked["mask_function"]))
+    half = (autocast_type(mask.device) or asked["dtype"]).itemsize == 2
+    layout = Layout.of(mask, merge=is_plain(asked["mask_function"]), fill=half and mask.device.type == "cpu")
     return carry(Mask(layout, asked, layout), mask.detach())
