@@ -10,6 +10,7 @@ import argparse
 import copy
 import functools
 import gc
+import itertools
 import math
 import os
 import re
@@ -142,12 +143,7 @@ LANGUAGE_MODELS = {
     },
 }
 KINDS = CLASSIFIERS | LANGUAGE_MODELS
-CELLS = [
-    (row, column)
-    for column in KINDS
-    for row in (*METHODS, *STRATEGIES)
-    if row in METHODS or column in CLASSIFIERS  # strategies differ from methods by stages and parts alone
-]
+CELLS = [(row, column) for column in KINDS for row in (*METHODS, *STRATEGIES)]
 
 
 @functools.cache
@@ -294,7 +290,7 @@ def attempt(row: str, name: str, home: Path, folder: Path) -> str:
     watch.trainer.remove_callback(hf.trainer_callback.PrinterCallback)
     watch.trainer.train()
     _check_training(watch)
-    _check_checkpoint(watch.trainer, texts)
+    _check_checkpoint(watch.trainer, texts, {name for name, _ in pretrained.named_parameters()})
     return "yes"
 
 
@@ -307,10 +303,9 @@ def _check_training(watch: Watch) -> None:
         assert all(group & stage["moved"] for group in stage["groups"])
 
 
-def _check_checkpoint(trainer: HybridTrainer, texts: bool) -> None:
-    """What was written gives the same logits to the last bit; merged, nearly the same."""
-    assembly, trained = trainer.assembly, logits(trainer.model, texts)
-    assert assembly is not None
+def _check_checkpoint(trainer: HybridTrainer, texts: bool, names: set[str]) -> None:
+    """What was written gives the same logits to the last bit; merged, nearly the same, in the parameters of before."""
+    trained = logits(trainer.model, texts)
     loaded, again, _ = checkpoint.load(trainer.stage_folders[-1])
     # A copy, as the trained model is one: the last bit of a product depends on where in memory its factors begin.
     difference = float((logits(copy.deepcopy(loaded.model), texts) - trained).abs().max())
@@ -318,7 +313,7 @@ def _check_checkpoint(trainer: HybridTrainer, texts: bool) -> None:
     if again.unmergeable():
         return
     again.merge()
-    assert {name for name, _ in loaded.model.named_parameters()} == set(assembly.anatomy.parameters)
+    assert {name for name, _ in loaded.model.named_parameters()} == names
     difference = float((logits(loaded.model, texts) - trained).abs().max()) / max(1.0, float(trained.abs().max()))
     assert difference <= 1e-5, f"merged: logits differ by {difference}"
 
@@ -360,6 +355,12 @@ BERT and RoBERTa with masked tokens, T5, BART and Marian with encoder and decode
 
 {strategies}
 
+## Strategies on language models
+
+Translation, summarization, written answers and instruction data are tuned on these, and on EncoderDecoder.
+
+{texts}
+
 ## Reasons
 
 {reasons}
@@ -377,6 +378,7 @@ def page(results: Mapping[tuple[str, str], str]) -> str:
         methods=_table(METHODS, CLASSIFIERS, results, reasons),
         language=_table(METHODS, LANGUAGE_MODELS, results, reasons),
         strategies=_table(STRATEGIES, CLASSIFIERS, results, reasons),
+        texts=_table(STRATEGIES, LANGUAGE_MODELS, results, reasons),
         reasons="\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
     )
 
@@ -396,7 +398,7 @@ def _table(
 def read(text: str) -> dict[tuple[str, str], str]:
     """The results that a page tells."""
     reasons = re.findall(r"^\d+\. (.*)$", text, re.M)
-    tables = [("", CLASSIFIERS), ("", LANGUAGE_MODELS), ("strategy ", CLASSIFIERS)]
+    tables = itertools.product(("", "strategy "), (CLASSIFIERS, LANGUAGE_MODELS))
     found = {}
     for (prefix, kinds), lines in zip(tables, re.findall(r"(?:^\|.*\|\n)+", text, re.M), strict=True):
         for line in lines.splitlines()[2:]:

@@ -121,7 +121,8 @@ def language_model(name: str, seed: int = 0, **config: object) -> hf.PreTrainedM
         built = classifier(name, seed, **config).config
     torch.manual_seed(seed)
     model = _LANGUAGE_MODELS[name](built).eval()
-    shake(model.parameters(), by=0.2, seed=seed)
+    saved = (one for key, one in model.named_parameters() if key not in model._keys_to_ignore_on_save)
+    shake(saved, by=0.2, seed=seed)
     return model
 
 

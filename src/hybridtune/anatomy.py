@@ -13,14 +13,11 @@ last two of each stack. An index outside the model is an error, not a shorter li
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from .errors import PartError, unknown
 from .layers import BLOCKS, MATRIX, Block, Stack, below, find_stacks, outside
@@ -80,8 +77,8 @@ class Anatomy:
         new: names of the parameters that the checkpoint did not have.
 
     Attributes:
-        parameters: names of all parameters that can be trained; of tied ones the first. Not so what an architecture
-            fixes, such as Marian's sinusoids.
+        parameters: names of all parameters; of tied ones the first. Left out is what an architecture fixes, so that
+            transformers does not save it, such as Marian's sinusoids: trained, it would be lost.
         new: as given, of tied ones the first name.
         tied: names of parameters that have another name too.
         norm_parameters: names of the parameters of all normalisation layers.
@@ -94,7 +91,7 @@ class Anatomy:
     def __init__(self, model: nn.Module, new: Iterable[str] = ()) -> None:
         self.model_class = type(model).__name__
         self._modules = dict(model.named_modules())
-        fixed = _fixed(model)
+        fixed = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
         canonical = {id(one): name for name, one in model.named_parameters() if name not in fixed}
         self._canonical = {
             name: canonical[id(one)]
@@ -302,19 +299,6 @@ def _indices(name: str, index: str | None, depth: int) -> list[int]:
             mend=f"stay within [0:{depth}], or count from the end with [-1]",
         )
     return list(dict.fromkeys(found))
-
-
-def _fixed(model: nn.Module) -> frozenset[str]:
-    """Parameters that a model's class itself makes without gradients; what else has none, somebody has frozen."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    if not frozen or not isinstance(model, PreTrainedModel):
-        return frozenset()
-    try:
-        with torch.device("meta"):
-            fresh = type(model)(copy.deepcopy(model.config))
-    except Exception:  # whatever a class of its own may raise where it is not made as it wants to be
-        return frozenset()
-    return frozenset(name for name, one in fresh.named_parameters() if not one.requires_grad and name in frozen)
 
 
 def _own(module: nn.Module) -> bool:

@@ -163,8 +163,8 @@ class Layout:
         """The groups: [1, ..., tokens, ...] as [rows, ..., length, ...] each."""
         if self.order is not None:
             packed = packed.index_select(dim, self.order)
-        packed = packed.narrow(dim, 0, self.tokens)
-        pieces = torch.split(packed, [group.tokens for group in self.groups], dim)
+        behind = packed.shape[dim] - self.tokens
+        *pieces, _ = torch.split(packed, [*(group.tokens for group in self.groups), behind], dim)
         return [group.padded(piece, dim) for piece, group in zip(pieces, self.groups, strict=True)]
 
     def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
