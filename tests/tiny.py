@@ -113,14 +113,18 @@ def headed(name: str, head: str, seed: int = 0) -> hf.PreTrainedModel:
     return getattr(hf, f"AutoModelFor{head}").from_config(config).eval()
 
 
-def language_model(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
-    """A tiny language model, in evaluation mode, with weights so large that texts differ."""
+def _writer(name: str, seed: int, **config: object) -> hf.PreTrainedModel:
     if name == "marian":  # which has no classifier, and BART's sizes
         built = hf.MarianConfig(**classifier("bart").config.to_diff_dict() | {"model_type": "marian"} | config)
     else:
         built = classifier(name, seed, **config).config
     torch.manual_seed(seed)
-    model = _LANGUAGE_MODELS[name](built).eval()
+    return _LANGUAGE_MODELS[name](built)
+
+
+def language_model(name: str, seed: int = 0, **config: object) -> hf.PreTrainedModel:
+    """A tiny language model, in evaluation mode, with weights so large that texts differ."""
+    model = _writer(name, seed, **config).eval()
     saved = (one for key, one in model.named_parameters() if key not in model._keys_to_ignore_on_save)
     shake(saved, by=0.2, seed=seed)
     return model
@@ -158,12 +162,7 @@ def save_pretrained(folder: Path, name: str = "bert", seed: int = 0, **config: o
 
 def save_writer(folder: Path, name: str, seed: int = 0, **config: object) -> Path:
     """Writes a tiny language model and its tokenizer, which ends texts with [SEP]."""
-    if name == "encoder-decoder":
-        model = encoder_decoder()
-    else:
-        built = classifier(name, seed, **config).config
-        torch.manual_seed(seed)
-        model = _LANGUAGE_MODELS[name](built)
+    model = encoder_decoder() if name == "encoder-decoder" else _writer(name, seed, **config)
     model.save_pretrained(folder)
     known = tokenizer()
     known.eos_token = "[SEP]"
