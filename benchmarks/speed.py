@@ -12,15 +12,16 @@ own dropout.
 
     peer (a)   Trainer with a tokenizer (DataCollatorWithPadding) and PEFT, as users run them: fp32, sdpa
     peer (b)   the same with batches grouped by length, the faster of sdpa and eager, and bf16 where it is faster here
-    ours       what `hybridtune tune` does by default: bf16 where it is faster here
+    ours       what `hybridtune tune` does by default: bf16 where it is faster here; predictions then with `bf16=True`
 
 Figures are useful tokens (no padding) a second, from the end of the first step on; where layers are frozen below what
-is trained, three whole epochs, all that is done once included. What stands in results/speed.jsonl is skipped.
+is trained, three whole epochs, all that is done once included. What stands in results/speed.jsonl of this processor is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -105,7 +106,7 @@ def run(asked: argparse.Namespace, method: str, texts: str) -> None:
     if kind == "accuracy" and method == "predict":
         return
     key = [kind, asked.model, method, texts]
-    if any(row["key"] == key for row in read()):
+    if any(row["key"] == key and row["processor"] == processor() for row in read()):
         return
     command = [sys.executable, __file__, "--measure", method, texts, *sys.argv[1:]]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -114,6 +115,16 @@ def run(asked: argparse.Namespace, method: str, texts: str) -> None:
         row = {"key": key, "runs": runs, "matrix_weights": matrix_weights(asked.model), **machine()}
         file.write(json.dumps(row) + "\n")
     print(key, summary(runs) if kind == "speed" else runs, flush=True)
+
+
+@functools.cache
+def processor() -> str:
+    """Of this machine: another's figures do not stand for its own."""
+    import torch
+
+    from hybridtune.engine import precision
+
+    return str(precision.machine(torch.device("cpu"))["processor"])
 
 
 def machine() -> dict[str, Any]:
@@ -432,14 +443,14 @@ def page(rows: list[dict[str, Any]]) -> str:
         "measured, and against whom.",
     ]
     speed = [row for row in rows if row["key"][0] == "speed"]
-    for name in dict.fromkeys(row["key"][1] for row in speed):
-        mine = [row for row in speed if row["key"][1] == name]
+    for name, made_by in dict.fromkeys((row["key"][1], row["processor"]) for row in speed):
+        mine = [row for row in speed if (row["key"][1], row["processor"]) == (name, made_by)]
         where = mine[0]
         lines += [
             "",
-            f"## {name}",
+            f"## {name}, {made_by}",
             "",
-            f"{where['processor']}, {where['threads']} threads, {where['peak']:.0f} GFLOP/s in fp32, "
+            f"{where['threads']} threads, {where['peak']:.0f} GFLOP/s in fp32, "
             f"{where['peak_bf16']:.0f} in bf16 ({platform.system()}); torch {where['torch']}, "
             f"transformers {where['transformers']}, PEFT {where['peft']}; {where['date']}. Ratios: median "
             f"[lowest, highest] of {len(where['runs']) // 4} pairs.",
