@@ -15,7 +15,8 @@ own dropout.
     ours       what `hybridtune tune` does by default: bf16 where it is faster here; predictions then with `bf16=True`
 
 Figures are useful tokens (no padding) a second, from the end of the first step on; where layers are frozen below what
-is trained, three whole epochs, all that is done once included. What stands in results/speed.jsonl of this processor is skipped.
+is trained, three whole epochs, all that is done once included. What results/speed.jsonl has of this processor is
+skipped.
 """
 
 from __future__ import annotations
