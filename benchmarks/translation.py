@@ -42,7 +42,7 @@ RESULTS = Path(__file__).parent / "results" / "translation.jsonl"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "multi30k_en_de"
 SPLITS = ("train", "validation", "test")
 VOCABULARY = {"t5": None, "multilingual": {"trim": True}, "retrained": {"train": 8000}}
-BATCH = 128
+BATCH = 64
 SETTLING = 0.15  # of the time, with a learning rate that falls to zero
 
 # Small enough for several passes over the pairs in half an hour on two cores.
@@ -67,7 +67,7 @@ STRATEGIES["retrained"] = {
     name: [*STRATEGIES["multilingual"][name], {"part": "new", "method": "full", "learning_rate": 1e-3}]
     for name in ("full", "lora-encoder")
 }
-RATE = {"t5": 1e-3, "multilingual": 5e-4, "retrained": 5e-4}
+RATE = {"t5": 3e-3, "multilingual": 5e-4, "retrained": 5e-4}
 
 
 def main() -> None:
@@ -161,7 +161,7 @@ def stages(model: str, strategy: str, minutes: float) -> dict[str, Any]:
         "num_train_epochs": 100,
         "max_seconds": 60 * minutes * (1 - SETTLING),
         "lr_scheduler_type": "inverse_sqrt",
-        "warmup_steps": 400,
+        "warmup_steps": 300,
     }
     lower = [
         {**rule, "learning_rate": rule["learning_rate"] / 4} if "learning_rate" in rule else rule for rule in rules
