@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hybridtune.compose import Assembly
 from hybridtune.engine import Caches, dropout, lora, proof
 from hybridtune.engine.attention import Mask
 from hybridtune.engine.layout import CALL, Layout, filled
+from hybridtune.engine.patch import patch
 from hybridtune.engine.seam import Seam
 from hybridtune.layers import find_stacks
 from hybridtune.recipe import Stage
@@ -680,6 +682,21 @@ def test_a_method_of_others_is_put_back() -> None:
     with seam.open():
         assert layer.forward is not before
     assert vars(layer)["forward"] is before
+
+
+def test_an_interruption_before_a_method_is_replaced_is_not_hidden() -> None:
+    """Ctrl-C comes between any two steps: then there is nothing to take back."""
+
+    class Slow(nn.Linear):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "forward":
+                raise KeyboardInterrupt
+            super().__setattr__(name, value)
+
+    layer = Slow(2, 2)
+    with pytest.raises(KeyboardInterrupt), ExitStack() as undo:
+        patch(layer, "forward", lambda x: x, undo)
+    assert "forward" not in vars(layer)
 
 
 def test_half_precision_does_not_round_lora_away() -> None:

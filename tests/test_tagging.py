@@ -211,7 +211,8 @@ def test_a_whole_run_learns(run: hybridtune.Run) -> None:
     assert told["metrics"]["f1"]["value"] > 0.8
     assert {one["label"] for one in told["per_class"]} == {"PER", "LOC"}
     assert {one["name"] for one in told["baselines"]} == {"tag of the word"}
-    assert told["metrics"]["f1"]["low"] < told["metrics"]["f1"]["value"]
+    low, value = (told["metrics"]["f1"][key] for key in ("low", "value"))
+    assert low < value or low == value == 1
     lines = [json.loads(line) for line in (run.folder / "predictions.jsonl").read_text().splitlines()]
     assert told["metrics"]["f1"]["value"] == seqeval.f1_score(
         [line["gold"] for line in lines], [line["tags"] for line in lines]

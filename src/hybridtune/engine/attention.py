@@ -36,11 +36,14 @@ class Mask:
     asked: dict[str, Any]
     queries: Layout
     _made: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    _crossed: tuple[Layout, Mask] | None = None
 
     def with_queries(self, queries: Layout) -> Mask:
-        """The mask of cross-attention, where rows go in pairs."""
-        queries, keys = queries.together(self.keys, merge=is_plain(self.asked["mask_function"]))
-        return Mask(keys, self.asked, queries)
+        """The mask of cross-attention, where rows go in pairs; every layer is given the same."""
+        if self._crossed is None or self._crossed[0] is not queries:
+            own, keys = queries.together(self.keys, merge=is_plain(self.asked["mask_function"]))
+            self._crossed = queries, Mask(keys, self.asked, own)
+        return self._crossed[1]
 
     def with_exact(self) -> Mask:
         """The mask over rows that are not padded to the length of others."""

@@ -12,7 +12,10 @@ from torch import nn
 def patch(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
     """Replaces a method of one module; when `undo` is closed, what was there before is there again."""
     own = vars(module).get(name)  # others may have put one there too, as accelerate does
-    undo.callback(setattr, module, name, own) if own is not None else undo.callback(delattr, module, name)
+    if own is not None:
+        undo.callback(setattr, module, name, own)
+    else:
+        undo.callback(vars(module).pop, name, None)  # Ctrl-C may come before it is there
     setattr(module, name, value)
 
 
