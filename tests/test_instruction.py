@@ -723,13 +723,10 @@ def test_the_commands(run: hybridtune.Run, tmp_path: Path) -> None:
     assert "has no answer" in found.output
 
 
-@pytest.mark.parametrize("name", ["qwen3", "marian"])
-def test_every_strategy(name: str, tmp_path: Path) -> None:
-    """All are raced, and every one's model, built anew from what was saved of it, answers the test rows.
-
-    What they train on the other architectures is the support matrix's.
-    """
-    template = THINKING if name == "qwen3" else None
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "t5", "bart", "marian"])
+def test_every_strategy_on_every_architecture(name: str, tmp_path: Path) -> None:
+    """All are raced, and every one's model, built anew from what was saved of it, answers the test rows."""
+    template = None if name in ("gpt2", *tiny.SEQ2SEQ) else (THINKING if name == "qwen3" else CHATML)
     chosen = [load_strategy(strategy) for strategy in built_in_strategies()]
     for stage in (stage for strategy in chosen for stage in strategy.stages):
         stage.num_train_epochs, stage.max_steps, stage.repeat = None, 1, None
@@ -737,7 +734,7 @@ def test_every_strategy(name: str, tmp_path: Path) -> None:
         model=save(tmp_path / "model", name, template), task="instruction", train=DATA["train"][:16],
         validation=DATA["validation"][:4], test=TEST[:4], output=str(tmp_path / "run"), baselines=False,
         strategy=[strategy.model_dump(exclude_none=True) for strategy in chosen], data={"survey": False},
-        eval_strategy="no", **SETTINGS,
+        template="user {instruction} assistant" if name == "gpt2" else None, eval_strategy="no", **SETTINGS,
     )  # fmt: skip
     candidates = run.evaluation["candidates"]
     assert {one["strategy"] for one in candidates} == set(built_in_strategies())

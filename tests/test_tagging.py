@@ -202,7 +202,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> hybridtune.Run:
     return api.tune(
         model=str(base), task="tagging", train=labelled(120, 0), test=labelled(40, 1), strategy=["full", "lora"],
         num_train_epochs=4, per_device_train_batch_size=8, learning_rate=5e-3, max_length=12,
-        output=str(tmp_path_factory.mktemp("tagging") / "run"), console=Console(quiet=True),
+        output=str(tmp_path_factory.mktemp("tagging") / "run"), console=Console(quiet=True), bf16=False,
     )  # fmt: skip
 
 
@@ -211,8 +211,7 @@ def test_a_whole_run_learns(run: hybridtune.Run) -> None:
     assert told["metrics"]["f1"]["value"] > 0.8
     assert {one["label"] for one in told["per_class"]} == {"PER", "LOC"}
     assert {one["name"] for one in told["baselines"]} == {"tag of the word"}
-    low, value = (told["metrics"]["f1"][key] for key in ("low", "value"))
-    assert low < value or low == value == 1
+    assert told["metrics"]["f1"]["low"] < told["metrics"]["f1"]["value"]
     lines = [json.loads(line) for line in (run.folder / "predictions.jsonl").read_text().splitlines()]
     assert told["metrics"]["f1"]["value"] == seqeval.f1_score(
         [line["gold"] for line in lines], [line["tags"] for line in lines]

@@ -173,7 +173,11 @@ def evaluate_run(
     """
     if data is None:
         if bf16:
-            raise RecipeError("evaluate: bf16 without rows", expected="--data", mend="the run's own scores are fp32's")
+            raise RecipeError(
+                "evaluate: bf16 without rows",
+                expected="rows to score, by --data",
+                mend="leave bf16 away for the run's own scores, which are in fp32",
+            )
         return evaluate.read_evaluation(folder)
     run = Run(folder, device, bf16)
     run.predictor.watch = watch

@@ -8,7 +8,7 @@ another call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -41,12 +41,12 @@ class Group:
         """Of the longest row."""
         return max(self.lengths)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Of all rows together."""
         return sum(self.lengths)
 
-    @property
+    @cached_property
     def even(self) -> bool:
         """Whether all rows have one length."""
         return min(self.lengths) == self.length
@@ -84,14 +84,14 @@ class Layout:
         shape: rows and width of the padded batch.
         index: [places] for every place of the packed row the number of the place in the padded batch, row by row;
             behind the tokens, where the row is filled up, that of the first one.
-        lengths: number in the batch and tokens of every row, as they lie: from the shortest to the longest.
+        lengths: tokens of every row, by its number in the batch, as they lie: from the shortest to the longest.
         groups: of all rows, as attention takes them.
         order: [tokens] places of the packed row as the groups have them; None: as they lie.
     """
 
     shape: tuple[int, int]
     index: torch.Tensor
-    lengths: tuple[tuple[int, int], ...]
+    lengths: dict[int, int]
     groups: tuple[Group, ...]
     order: torch.Tensor | None = None
     _packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -115,8 +115,8 @@ class Layout:
         index = order[found[:, 0]] * mask.shape[1] + found[:, 1]
         if fill:
             index = torch.cat([index, index[:1].expand(filled(len(index)) - len(index))])
-        rows = tuple(zip(order.tolist(), lengths.tolist(), strict=True))
-        groups, _ = _grouped(rows, dict(rows), CALL.get(mask.device.type, 0) if merge else 0)
+        rows = dict(zip(order.tolist(), lengths.tolist(), strict=True))
+        groups, _ = _grouped(rows, rows, _call(mask, merge))
         return cls((mask.shape[0], mask.shape[1]), index, rows, groups)
 
     def together(self, other: Layout, merge: bool = True) -> tuple[Layout, Layout]:
@@ -126,33 +126,31 @@ class Layout:
             other: of other tokens for the same rows.
             merge: whether a group may have rows of several lengths.
         """
-        lengths = dict(other.lengths)
-        own, others = _grouped(self.lengths, lengths, CALL.get(self.index.device.type, 0) if merge else 0)
-        starts = dict(zip(lengths, other.bounds.tolist(), strict=False))
-        places = [torch.arange(starts[row], starts[row] + lengths[row]) for row, _ in self.lengths]
-        order = torch.cat(places).to(other.index.device)
+        own, others = _grouped(self.lengths, other.lengths, _call(self.index, merge))
+        places = other.rows(torch.arange(other.tokens, device=other.index.device)[None])
+        order = torch.cat([places[row] for row in self.lengths])
         return replace(self, groups=own), replace(other, groups=others, order=order)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return self.lengths[-1][1]
+        return next(reversed(self.lengths.values()))
 
     @cached_property
     def tokens(self) -> int:
         """Of all rows."""
-        return sum(length for _, length in self.lengths)
+        return sum(self.lengths.values())
 
     @cached_property
     def bounds(self) -> torch.Tensor:
         """[rows + 1] where each row of the packed row begins, and where the last one ends; 32-bit."""
-        ends = itertools.accumulate(length for _, length in self.lengths)
-        return torch.tensor([0, *ends], dtype=torch.int32, device=self.index.device)
+        ends = itertools.accumulate(self.lengths.values(), initial=0)
+        return torch.tensor([*ends], dtype=torch.int32, device=self.index.device)
 
     @cached_property
     def exact(self) -> Layout:
         """The same packing with a group for every length: no row is padded to the length of another."""
-        return replace(self, groups=_grouped(self.lengths, dict(self.lengths), call=0)[0])
+        return replace(self, groups=_grouped(self.lengths, self.lengths, call=0)[0])
 
     @cached_property
     def columns(self) -> tuple[torch.Tensor, ...]:
@@ -196,8 +194,8 @@ class Layout:
 
     def rows(self, packed: torch.Tensor) -> dict[int, torch.Tensor]:
         """[1, places, ...] as [length, ...] for each row of the batch, by its number."""
-        pieces = torch.split(packed[0, : self.tokens], [length for _, length in self.lengths])
-        return {row: piece for (row, _), piece in zip(self.lengths, pieces, strict=True)}
+        pieces = torch.split(packed[0, : self.tokens], list(self.lengths.values()))
+        return dict(zip(self.lengths, pieces, strict=True))
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, places, ...] as [rows, width, ...], with zeros for padding."""
@@ -218,31 +216,37 @@ def filled(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def _call(tensor: torch.Tensor, merge: bool) -> int:
+    """What a call costs where a tensor is; nothing where each length is to have a call of its own."""
+    return CALL.get(tensor.device.type, 0) if merge else 0
+
+
 def _grouped(
-    rows: Iterable[tuple[int, int]], keys: Mapping[int, int], call: int
+    queries: Mapping[int, int], keys: Mapping[int, int], call: int
 ) -> tuple[tuple[Group, ...], tuple[Group, ...]]:
     """Puts rows into groups: those beside each other together where padding costs less than a call.
 
     Args:
-        rows: number and queries of each, in order.
-        keys: of each, by its number.
+        queries: of each row, by its number, in order.
+        keys: of each row, by its number.
         call: what a call costs, in scores.
 
     Returns:
         Groups of queries, and of the same rows' keys.
     """
     found: list[list[int]] = []
-    lengths = dict(rows)
-    widest, longest = 0, 0  # keys and queries of the last group
-    for row, length in lengths.items():
-        wide, long = max(widest, keys[row]), max(longest, length)
-        work = length * keys[row]
-        if found and len(found[-1]) * (wide * long - widest * longest) + wide * long - work <= call:
+    long = wide = cost = 0  # of the last group: queries and keys of a padded row, and scores
+    for row, length in queries.items():
+        longer, wider, alone = max(long, length), max(wide, keys[row]), length * keys[row]
+        together = (len(found[-1]) + 1) * longer * wider if found else 0
+        if found and together - cost - alone <= call:
             found[-1].append(row)
-            widest, longest = wide, long
+            long, wide, cost = longer, wider, together
         else:
             found.append([row])
-            widest, longest = keys[row], length
-    return tuple(
-        tuple(Group(tuple(group), tuple(of[row] for row in group)) for group in found) for of in (lengths, keys)
-    )  # type: ignore[return-value]
+            long, wide, cost = length, keys[row], alone
+
+    def groups(lengths: Mapping[int, int]) -> tuple[Group, ...]:
+        return tuple(Group(tuple(rows), tuple(lengths[row] for row in rows)) for rows in found)
+
+    return groups(queries), groups(keys)
