@@ -602,16 +602,17 @@ def test_dropout_in_evaluation_and_of_zero_is_none() -> None:
 @pytest.mark.parametrize("masked", ["no", "causal", "bool", "added"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("p", [0.3, 0.0])
 def test_fast_attention_against_the_formula(
-    masked: str, groups: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+    masked: str, groups: int, biased: bool, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same drawn mask, output and gradients are those of the plainest code."""
     torch.manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, 6, 8, dtype=torch.double, requires_grad=True) for heads in (4, 4 // groups, 4 // groups)
     )
-    kept = torch.rand(2, 4, 6, 6) > 0.3
-    monkeypatch.setattr(dropout, "_drawn", lambda shape, p, dtype: (kept, 1 / 0.7))
+    kept = torch.rand(2, 4, 6, 6) >= p
+    monkeypatch.setattr(dropout, "_drawn", lambda shape, p, dtype: (kept, 1 / (1 - p)))
     seen = {"no": None, "causal": None, "bool": torch.rand(2, 1, 6, 6) > 0.4, "added": torch.randn(2, 1, 6, 6).double()}
     mask = seen[masked]
     if masked == "bool":
@@ -620,13 +621,13 @@ def test_fast_attention_against_the_formula(
     module.num_key_value_groups = groups
     bias = torch.randn(1, 4, 6, 6, dtype=torch.double, requires_grad=True)
     more = {"is_causal": masked == "causal", "position_bias": bias if biased else None}
-    found, _ = dropout.attention(module, query, key, value, mask, 0.3, 0.5, **more)
+    found, _ = dropout.attention(module, query, key, value, mask, p, 0.5, **more)
     scores = 0.5 * query @ key.repeat_interleave(groups, 1).transpose(-1, -2) + bias * biased
     if masked in ("causal", "bool"):
         see = torch.ones(6, 6, dtype=torch.bool).tril() if masked == "causal" else mask
         scores = scores.masked_fill(~see, -torch.inf)
     scores = scores + mask if masked == "added" else scores
-    expected = (scores.softmax(-1) * kept / 0.7 @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+    expected = (scores.softmax(-1) * kept / (1 - p) @ value.repeat_interleave(groups, 1)).transpose(1, 2)
     torch.testing.assert_close(found, expected)
     signal = torch.randn_like(found)
     inputs = (query, key, value, *([bias] if biased else []))
@@ -657,6 +658,32 @@ def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest
     with seam_of(model).open():
         whole = model(**padded()).logits
     torch.testing.assert_close(whole, model.eval()(**padded()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("half", "trained", "longest", "fast"),
+    [(True, True, 12, True), (False, True, 12, False), (True, False, 12, False), (True, True, 300, False)],
+)
+def test_short_rows_in_half_precision_go_the_fast_way_without_dropout(
+    half: bool, trained: bool, longest: int, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are as near to those of 32 bits as torch's own; the rest keeps torch's kernel."""
+    model, batch = shaken(tiny.classifier("llama", max_position_embeddings=512)), padded(lengths=(3, longest))
+    calls, own = [], dropout.attention
+    monkeypatch.setattr(dropout, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    found = []
+    for autocast in (half, False):
+        model.zero_grad()
+        with torch.set_grad_enabled(trained), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with seam_of(model).open():
+                loss = model(**batch).logits.float().square().mean()
+        if trained:
+            loss.backward()
+            weight = model.model.layers[0].self_attn.q_proj.weight
+            found.append(weight.grad / weight.grad.norm())
+    assert bool(calls) == fast
+    if found:
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0.1)
 
 
 def test_a_config_that_asks_for_hidden_states_gets_padded_ones() -> None:

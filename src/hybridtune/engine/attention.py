@@ -124,7 +124,8 @@ def attention(
         if kernel is not None:
             causal, states = function is causal_mask_function, (query, key, value)
             return varlen.attention(kernel, module, states, mask.keys, causal, kwargs.get("scaling"), p), None
-    if inner is sdpa_attention_forward and p and query.device.type == "cpu":
+    longest = max(mask.queries.longest, mask.keys.longest)
+    if inner is sdpa_attention_forward and dropout.pays(query, key, value, longest, p):
         inner = dropout.attention
         kwargs = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
     groups = zip(mask.queries.split(query, 2), mask.keys.split(key, 2), mask.keys.split(value, 2), strict=True)
