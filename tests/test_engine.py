@@ -19,7 +19,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
-from hybridtune.engine import Caches, dropout, lora, proof
+from hybridtune.engine import Caches, dropout, lora, products, proof
 from hybridtune.engine.attention import Mask
 from hybridtune.engine.layout import CALL, Layout, filled
 from hybridtune.engine.patch import patch
@@ -612,7 +612,7 @@ def test_fast_attention_against_the_formula(
         torch.randn(2, heads, 6, 8, dtype=torch.double, requires_grad=True) for heads in (4, 4 // groups, 4 // groups)
     )
     kept = torch.rand(2, 4, 6, 6) >= p
-    monkeypatch.setattr(dropout, "_drawn", lambda shape, p, dtype: (kept, 1 / (1 - p)))
+    monkeypatch.setattr(dropout, "drawn", lambda shape, p, dtype: (kept, 1 / (1 - p)))
     seen = {"no": None, "causal": None, "bool": torch.rand(2, 1, 6, 6) > 0.4, "added": torch.randn(2, 1, 6, 6).double()}
     mask = seen[masked]
     if masked == "bool":
@@ -621,7 +621,7 @@ def test_fast_attention_against_the_formula(
     module.num_key_value_groups = groups
     bias = torch.randn(1, 4, 6, 6, dtype=torch.double, requires_grad=True)
     more = {"is_causal": masked == "causal", "position_bias": bias if biased else None}
-    found, _ = dropout.attention(module, query, key, value, mask, p, 0.5, **more)
+    found, _ = products.attention(module, query, key, value, mask, p, 0.5, **more)
     scores = 0.5 * query @ key.repeat_interleave(groups, 1).transpose(-1, -2) + bias * biased
     if masked in ("causal", "bool"):
         see = torch.ones(6, 6, dtype=torch.bool).tril() if masked == "causal" else mask
@@ -648,13 +648,13 @@ def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest
     for module in model.modules() if name == "t5" else ():
         if isinstance(module, nn.Dropout):  # the seam alone leaves them
             module.p = 0.0
-    calls, own = [], dropout.attention
-    monkeypatch.setattr(dropout, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    calls, own = [], products.attention
+    monkeypatch.setattr(products, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
     with seam_of(model).open():
         first, second = model(**padded()).logits, model(**padded()).logits
     assert calls
     assert not torch.allclose(first, second)
-    monkeypatch.setattr(dropout, "_drawn", lambda shape, p, dtype: (torch.ones(shape, dtype=dtype), 1.0))
+    monkeypatch.setattr(dropout, "drawn", lambda shape, p, dtype: (torch.ones(shape, dtype=dtype), 1.0))
     with seam_of(model).open():
         whole = model(**padded()).logits
     torch.testing.assert_close(whole, model.eval()(**padded()).logits, rtol=1e-4, atol=1e-4)
@@ -667,10 +667,10 @@ def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest
 def test_short_rows_in_half_precision_go_the_fast_way_without_dropout(
     half: bool, trained: bool, longest: int, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients are as near to those of 32 bits as torch's own; the rest keeps torch's kernel."""
+    """With the gradients of 32 bits, but for rounding; the rest keeps torch's kernel."""
     model, batch = shaken(tiny.classifier("llama", max_position_embeddings=512)), padded(lengths=(3, longest))
-    calls, own = [], dropout.attention
-    monkeypatch.setattr(dropout, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    calls, own = [], products.attention
+    monkeypatch.setattr(products, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
     found = []
     for autocast in (half, False):
         model.zero_grad()

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import first_line
 from ..layers import find_stacks
 from . import dropout, lora, proof, vocabulary
-from .casts import Casts, autocast_type
+from .casts import Casts, autocast_type, compute_type
 from .frozen import Caches as Caches
 from .frozen import Frozen, Weights
 from .frozen import depth as lowest_trained
@@ -152,7 +152,7 @@ def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
     except WRONG as error:
         return f"its layers cannot run packed ({first_line(error, 120)})"
     difference = proof.difference(packed, padded)
-    dtype = autocast_type(padded.device) or padded.dtype  # accelerate gives logits back in fp32
+    dtype = compute_type(padded)  # accelerate gives logits back in fp32
     allowed = proof.allowed(dtype, WHOLE, ROUNDINGS)
     return "" if difference <= allowed else f"its logits would be others (by {difference:.1%}, {allowed:.1%} allowed)"
 

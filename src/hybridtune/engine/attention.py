@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .. import interface
-from . import dropout, varlen
+from . import products, varlen
 from .layout import Layout
 
 MARK = "hybridtune_packed_"
@@ -125,8 +125,8 @@ def attention(
             causal, states = function is causal_mask_function, (query, key, value)
             return varlen.attention(kernel, module, states, mask.keys, causal, kwargs.get("scaling"), p), None
     longest = max(mask.queries.longest, mask.keys.longest)
-    if inner is sdpa_attention_forward and dropout.pays(query, key, value, longest, p):
-        inner = dropout.attention
+    if inner is sdpa_attention_forward and products.pays(query, key, value, longest, p):
+        inner = products.attention
         kwargs = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
     groups = zip(mask.queries.split(query, 2), mask.keys.split(key, 2), mask.keys.split(value, 2), strict=True)
     results = []

@@ -19,6 +19,11 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
+def compute_type(tensor: torch.Tensor) -> torch.dtype:
+    """What a tensor is computed with in here: autocast's type, or its own."""
+    return autocast_type(tensor.device) or tensor.dtype
+
+
 class Casts:
     """Copies of a model's frozen linear weights in the type that autocast would cast them to in every forward.
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from .casts import autocast_type
+from .casts import compute_type
 from .layout import Layout
 
 WIDEST, MULTIPLE, CAPABILITY = 256, 8, (8, 0)  # heads that the kernels take, and GPUs that they run on
@@ -27,7 +27,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, 
 
 def kernel_for(query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kernel | None:
     """A kernel for these tensors; None where there is none."""
-    width, dtype = query.shape[-1], autocast_type(query.device) or query.dtype
+    width, dtype = query.shape[-1], compute_type(query)
     fits = width == value.shape[-1] <= WIDEST and width % MULTIPLE == 0
     if query.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or not fits:
         return None
@@ -58,7 +58,7 @@ def attention(
     """
     query, key, value = states
     groups = getattr(module, "num_key_value_groups", 1)
-    dtype = autocast_type(query.device) or query.dtype  # rotated queries and keys may be of another type than values
+    dtype = compute_type(query)  # rotated queries and keys may be of another type than values
     tensors = query, repeat_kv(key, groups), repeat_kv(value, groups)
     q, k, v = (tensor.to(dtype).squeeze(0).transpose(0, 1) for tensor in tensors)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

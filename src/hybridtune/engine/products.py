@@ -1,0 +1,107 @@
+"""Attention on a CPU by plain products, where they are faster than torch's kernel or do what it cannot.
+
+    a = (softmax(s Q K^T + bias + mask) m / (1 - p)) V    m: 0 with probability p (see `dropout`)
+
+With dropout torch has no kernel there. Without it has one, whose backward in half precision takes several times as
+long as the products for short rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import repeat_kv
+
+from . import dropout
+from .casts import compute_type
+
+SHORT = 256  # tokens up to which torch's kernel is slower in half precision, there and back
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        scaling: float,
+        p: float,
+    ) -> torch.Tensor:
+        scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
+        if bias is not None:
+            scores = scores.add_(bias)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        weights = scores.softmax(-1)
+        kept, ctx.scale = dropout.drawn(weights.shape, p, weights.dtype) if p else (None, 1.0)
+        ctx.scaling, ctx.bias = scaling, None if bias is None else bias.dtype
+        ctx.save_for_backward(query, key, value, weights, kept)
+        return torch.matmul(_thinned(weights, kept, ctx.scale), value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, weights, kept = ctx.saved_tensors
+        for_value = torch.matmul(_thinned(weights, kept, ctx.scale).transpose(-1, -2), gradient)
+        for_weights = torch.matmul(gradient, value.transpose(-1, -2))
+        if kept is not None:
+            for_weights = for_weights.mul_(kept).mul_(ctx.scale)
+        for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
+        # one for all rows of a group
+        for_bias = for_scores.sum(0, keepdim=True, dtype=ctx.bias) if ctx.needs_input_grad[3] else None
+        for_scores = for_scores.mul_(ctx.scaling)
+        return (
+            torch.matmul(for_scores, key),
+            torch.matmul(for_scores.transpose(-1, -2), query),
+            for_value,
+            for_bias,
+            None,
+            None,
+            None,
+        )
+
+
+def pays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, p: float) -> bool:
+    """Whether attention as above is faster than torch's own.
+
+    Args:
+        query, key, value: of all rows.
+        length: of the longest row.
+        p: of its dropout.
+    """
+    if query.device.type != "cpu":
+        return False
+    trained = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    half = compute_type(query).itemsize == 2
+    return bool(p) or (trained and half and length <= SHORT)
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
+    """Stands in for transformers' sdpa where that pays; shapes and meaning are the same."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    dtype = compute_type(query)  # rotated queries and keys may be of another type than values
+    query, key, value = query.to(dtype), repeat_kv(key, groups).to(dtype), repeat_kv(value, groups).to(dtype)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if causal and attention_mask is None:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    result = _Attention.apply(query, key, value, position_bias, attention_mask, scaling, dropout)  # type: ignore[no-untyped-call]
+    return result.transpose(1, 2), None
+
+
+def _thinned(weights: torch.Tensor, kept: torch.Tensor | None, scale: float) -> torch.Tensor:
+    return weights if kept is None else (weights * kept).mul_(scale)
