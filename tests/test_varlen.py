@@ -14,25 +14,26 @@ from test_engine import ON, check_equal, padded, shaken
 from torch.nn.attention import varlen as of_torch
 
 from hybridtune.engine import varlen
+from hybridtune.engine.layout import Layout
 
 
 def by_hand(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bounds: torch.Tensor,
-    longest: int,
+    layout: Layout,
     causal: bool,
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
     """Every token over the tokens between the bounds around it, one by one."""
     assert q.shape == k.shape == v.shape
-    assert bounds.dtype == torch.int32
-    edges = bounds.tolist()
+    assert layout.bounds.dtype == torch.int32
+    edges = layout.bounds.tolist()
     assert edges[0] == 0
     assert edges[-1] == len(q)
-    assert longest == max(end - start for start, end in itertools.pairwise(edges))
+    lengths = [end - start for start, end in itertools.pairwise(edges)]
+    assert (layout.shortest, layout.longest) == (min(lengths), max(lengths))
     assert dropout == 0
     rows = []
     for start, end in itertools.pairwise(edges):
@@ -49,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     made: list[bool] = []
 
     def kernel(*args: Any) -> torch.Tensor:
-        made.append(args[5])
+        made.append(args[4])
         return by_hand(*args)
 
     monkeypatch.setattr(varlen, "kernel_for", lambda query, value, dropout: kernel)
@@ -79,8 +80,15 @@ def states(heads: int = 4) -> torch.Tensor:
     return torch.randn(9, heads, 8, dtype=torch.double)
 
 
+def two_rows(first: int) -> Layout:
+    """Of that many tokens and the rest of nine."""
+    return Layout.of(torch.arange(9) < torch.tensor([[first], [9 - first]]))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_torchs_kernel_is_called_with(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = two_rows(2)
+
     def kernel(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -95,14 +103,15 @@ def test_what_torchs_kernel_is_called_with(causal: bool, monkeypatch: pytest.Mon
     ) -> torch.Tensor:
         assert cu_seq_q is cu_seq_k
         assert max_q == max_k
-        return by_hand(query, key, value, cu_seq_q, max_q, window_size == (-1, 0), scale, 0.0)
+        assert (cu_seq_q.tolist(), max_q) == ([0, 2, 9], 7)
+        return by_hand(query, key, value, layout, window_size == (-1, 0), scale, 0.0)
 
     monkeypatch.setattr(of_torch, "varlen_attn", kernel)
     varlen._torch.cache_clear()
     run = varlen._torch()
     varlen._torch.cache_clear()
     assert run is not None
-    given = (states(), states(), states(), torch.tensor([0, 2, 9], dtype=torch.int32), 7, causal, 0.3, 0.0)
+    given = (states(), states(), states(), layout, causal, 0.3, 0.0)
     torch.testing.assert_close(run(*given), by_hand(*given))
 
 
@@ -111,16 +120,40 @@ def test_torchs_kernel_takes_these_arguments() -> None:
     run = varlen._torch()
     assert run is not None
     q = torch.empty(9, 4, 8, device="meta", dtype=torch.bfloat16)
-    bounds = torch.empty(3, device="meta", dtype=torch.int32)
-    assert run(q, q, q, bounds, 7, True, 0.3, 0.0).shape == q.shape
+    layout: Any = SimpleNamespace(bounds=torch.empty(3, device="meta", dtype=torch.int32), longest=7)
+    assert run(q, q, q, layout, True, 0.3, 0.0).shape == q.shape
+
+
+def test_nested_tensors_give_the_same() -> None:
+    """Values and gradients; on a CPU torch knows no causal ones, see test_cuda.py."""
+    given = [states().requires_grad_() for _ in range(3)]
+    found, expected = (way(*given, two_rows(2), False, 0.3, 0.0) for way in (varlen._nested, by_hand))
+    torch.testing.assert_close(found, expected)
+    along = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(way, given, along) for way in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_nested_tensors_drop_weights() -> None:
+    """Of ones each token keeps the share of its row's tokens that were not dropped: on average all."""
+    torch.manual_seed(0)
+    query, ones = torch.zeros(9, 500, 8), torch.ones(9, 500, 8)
+    kept = varlen._nested(query, query, ones, two_rows(2), False, 0.3, 0.25)
+    counted = (kept[2:, :, 0] * 7 * 0.75).round()  # of the longer row's tokens
+    torch.testing.assert_close(counted / (7 * 0.75), kept[2:, :, 0])
+    assert counted.mean().item() == pytest.approx(7 * 0.75, abs=0.1)
+    assert counted.var().item() == pytest.approx(7 * 0.75 * 0.25, rel=0.1)
 
 
 def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = two_rows(5)
+
     def kernel(*args: Any, dropout_p: float, softmax_scale: float, causal: bool) -> torch.Tensor:
         q, k, v, of_queries, of_keys, longest, longest_key = args
         assert of_queries is of_keys
-        assert longest == longest_key
-        return by_hand(q, k, v, of_queries, longest, causal, softmax_scale, dropout_p)
+        assert of_queries.tolist() == [0, 4, 9]
+        assert longest == longest_key == 5
+        return by_hand(q, k, v, layout, causal, softmax_scale, dropout_p)
 
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = kernel  # type: ignore[attr-defined]
@@ -129,21 +162,22 @@ def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None
     run = varlen._flash_attn()
     varlen._flash_attn.cache_clear()
     assert run is not None
-    given = (states(), states(), states(), torch.tensor([0, 5, 9], dtype=torch.int32), 5, True, 0.3, 0.0)
+    given = (states(), states(), states(), layout, True, 0.3, 0.0)
     torch.testing.assert_close(run(*given), by_hand(*given))
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "width", "capability", "dropout", "found"),
+    ("device", "dtype", "width", "capability", "dropout", "installed", "found"),
     [
-        ("cuda", torch.bfloat16, 64, (8, 0), 0.0, "torch"),
-        ("cuda", torch.float16, 256, (9, 0), 0.0, "torch"),
-        ("cuda", torch.bfloat16, 64, (8, 0), 0.1, "flash_attn"),
-        ("cuda", torch.bfloat16, 64, (7, 5), 0.0, None),
-        ("cuda", torch.float32, 64, (8, 0), 0.0, None),
-        ("cuda", torch.bfloat16, 100, (8, 0), 0.0, None),
-        ("cuda", torch.bfloat16, 512, (8, 0), 0.0, None),
-        ("cpu", torch.bfloat16, 64, (8, 0), 0.0, None),
+        ("cuda", torch.bfloat16, 64, (8, 0), 0.0, True, "torch"),
+        ("cuda", torch.float16, 256, (9, 0), 0.0, True, "torch"),
+        ("cuda", torch.bfloat16, 64, (8, 0), 0.1, True, "flash_attn"),
+        ("cuda", torch.bfloat16, 64, (8, 0), 0.1, False, "nested"),
+        ("cuda", torch.bfloat16, 64, (7, 5), 0.0, True, None),
+        ("cuda", torch.float32, 64, (8, 0), 0.0, True, None),
+        ("cuda", torch.bfloat16, 100, (8, 0), 0.0, True, None),
+        ("cuda", torch.bfloat16, 512, (8, 0), 0.0, True, None),
+        ("cpu", torch.bfloat16, 64, (8, 0), 0.0, True, None),
     ],
 )
 def test_where_there_is_a_kernel(
@@ -152,11 +186,13 @@ def test_where_there_is_a_kernel(
     width: int,
     capability: tuple[int, int],
     dropout: float,
+    installed: bool,
     found: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(varlen, "_torch", lambda: "torch")
-    monkeypatch.setattr(varlen, "_flash_attn", lambda: "flash_attn")
+    monkeypatch.setattr(varlen, "_flash_attn", lambda: "flash_attn" if installed else None)
+    monkeypatch.setattr(varlen, "_nested", "nested")
     tensor: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 9, width))
     assert varlen.kernel_for(tensor, tensor, dropout) == found

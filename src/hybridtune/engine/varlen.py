@@ -1,8 +1,9 @@
 """Attention over all rows of a packed row in one call, by a kernel that takes their bounds: on CUDA, in half precision.
 
-torch's own kernel, or flash-attn's where it is installed, which knows dropout too. What either cannot do (windows,
-biases, cross-attention, wide heads) goes group by group as ever. It has neither been run nor timed on a GPU yet: tests
-look at what the kernels are called with.
+torch's own kernel, or flash-attn's where it is installed, which knows dropout too; where it is not, dropout takes
+torch's way for nested tensors, to the same kernel. What none can do (windows, biases, cross-attention, wide heads)
+goes group by group as ever. It has neither been run nor timed on a GPU yet: tests look at what the kernels are called
+with.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from .casts import compute_type
@@ -21,8 +23,8 @@ from .layout import Layout
 
 WIDEST, MULTIPLE, CAPABILITY = 256, 8, (8, 0)  # heads that the kernels take, and GPUs that they run on
 
-# query, key, value [tokens, heads, width]; bounds [rows + 1]; tokens of the longest row; causal; scaling; dropout
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, bool, float, float], torch.Tensor]
+# query, key, value [tokens, heads, width]; their layout; causal; scaling; dropout
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, bool, float, float], torch.Tensor]
 
 
 def kernel_for(query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kernel | None:
@@ -33,7 +35,7 @@ def kernel_for(query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kern
         return None
     if torch.cuda.get_device_capability(query.device) < CAPABILITY:
         return None
-    return _flash_attn() if dropout else _torch() or _flash_attn()
+    return (_flash_attn() if dropout else _torch() or _flash_attn()) or _nested
 
 
 def attention(
@@ -62,7 +64,7 @@ def attention(
     tensors = query, repeat_kv(key, groups), repeat_kv(value, groups)
     q, k, v = (tensor.to(dtype).squeeze(0).transpose(0, 1) for tensor in tensors)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernel(q, k, v, layout.bounds, layout.longest, causal, scaling, dropout).unsqueeze(0)
+    return kernel(q, k, v, layout, causal, scaling, dropout).unsqueeze(0)
 
 
 @cache
@@ -78,17 +80,32 @@ def _torch() -> Kernel | None:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bounds: torch.Tensor,
-        longest: int,
+        layout: Layout,
         causal: bool,
         scaling: float,
         dropout: float,
     ) -> torch.Tensor:
-        window = (-1, 0) if causal else (-1, -1)
+        bounds, longest, window = layout.bounds, layout.longest, (-1, 0) if causal else (-1, -1)
         result: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
         return result  # type: ignore[no-any-return]
 
     return run
+
+
+def _nested(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    causal: bool,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    sizes = {"min_seqlen": layout.shortest, "max_seqlen": layout.longest}  # known here; torch would wait for the GPU
+    rows = [torch.nested.nested_tensor_from_jagged(one, layout.bounds, **sizes).transpose(1, 2) for one in (q, k, v)]
+    result = functional.scaled_dot_product_attention(*rows, dropout_p=dropout, is_causal=causal, scale=scaling)
+    packed: torch.Tensor = result.transpose(1, 2).values()
+    return packed
 
 
 @cache
@@ -102,12 +119,12 @@ def _flash_attn() -> Kernel | None:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bounds: torch.Tensor,
-        longest: int,
+        layout: Layout,
         causal: bool,
         scaling: float,
         dropout: float,
     ) -> torch.Tensor:
+        bounds, longest = layout.bounds, layout.longest
         result: Any = flash_attn_varlen_func(
             q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
         )
