@@ -1,0 +1,87 @@
+"""On a GPU alone: kernels over all rows against each row by itself, and models packed against padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional
+
+from hybridtune import engine
+from hybridtune.engine import varlen
+from hybridtune.engine.layout import Layout
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LENGTHS = (3, 70, 1, 129)
+
+
+def layout() -> Layout:
+    """Of rows of several lengths."""
+    return Layout.of(torch.arange(max(LENGTHS), device="cuda") < torch.tensor(LENGTHS, device="cuda")[:, None])
+
+
+def states() -> torch.Tensor:
+    return torch.randn(sum(LENGTHS), 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+
+def alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scaling: float) -> torch.Tensor:
+    """Every row by itself, in 64 bits."""
+    pieces = []
+    for row in zip(*(one.double().transpose(0, 1).split(sorted(LENGTHS), 1) for one in (q, k, v)), strict=True):
+        pieces.append(functional.scaled_dot_product_attention(*row, is_causal=causal, scale=scaling))
+    return torch.cat(pieces, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kernel", ["torch", "nested"])
+def test_a_kernel_gives_the_same(kernel: str, causal: bool) -> None:
+    """Values and gradients, to the roundings of half precision."""
+    torch.manual_seed(0)
+    given = states(), states(), states()
+    run: Any = varlen._torch() if kernel == "torch" else varlen._nested
+    if run is None:
+        pytest.skip("this torch has no kernel of its own for rows of several lengths")
+    found, expected = run(*given, layout(), causal, 0.1, 0.0), alone(*given, causal, 0.1)
+    along = torch.randn_like(found)
+    for one, other in [
+        (found, expected),
+        *zip(
+            torch.autograd.grad(found, given, along), torch.autograd.grad(expected, given, along.double()), strict=True
+        ),
+    ]:
+        assert float((one.double() - other.double()).norm() / other.double().norm()) < 0.01
+
+
+def test_nested_tensors_drop_weights() -> None:
+    """Of ones each token keeps the share of its row's tokens that were not dropped, on average all."""
+    torch.manual_seed(0)
+    query, ones = torch.zeros_like(states()), torch.ones_like(states())
+    kept = varlen._nested(query, query, ones, layout(), False, 0.1, 0.5)[-129:, :, 0].float()
+    assert kept.mean().item() == pytest.approx(1, abs=0.02)
+    assert kept.var().item() == pytest.approx(1 / 129, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "modernbert", "t5", "bart", "gpt2"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_proves_itself(name: str, half: bool) -> None:
+    """Its engine is on, and gives the padded logits, with and without autocast."""
+    sizes = {"t5": {"d_kv": 8}}.get(name, {})
+    model = tiny.classifier(name, **sizes).cuda()
+    tiny.shake(model.parameters())
+    ids = torch.randint(4, 100, (6, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(20) < torch.tensor([20, 3, 11, 7, 20, 5])[:, None]
+    ids[mask.sum(1) < 21, 0] = 2
+    ids = ids.where(mask, 0)
+    ids[torch.arange(6), mask.sum(1) - 1] = 3  # the end
+    batch = {"input_ids": ids.cuda(), "attention_mask": mask.long().cuda()}
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        found = engine.start(model, batch)
+        assert found.on, found.reason
+        with torch.no_grad():
+            padded = model(**batch).logits
+            with found.open():
+                packed = model(**batch).logits
+    assert float((packed - padded).norm() / padded.norm()) < (0.05 if half else 1e-4)
