@@ -2,8 +2,7 @@
 
 torch's own kernel, or flash-attn's where it is installed, which knows dropout too; where it is not, dropout takes
 torch's way for nested tensors, to the same kernel. What none can do (windows, biases, cross-attention, wide heads)
-goes group by group as ever. It has neither been run nor timed on a GPU yet: tests look at what the kernels are called
-with.
+goes group by group as ever.
 """
 
 from __future__ import annotations
