@@ -36,12 +36,12 @@ def alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scali
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kernel", ["torch", "nested"])
+@pytest.mark.parametrize("kernel", ["torch", "dropping"])
 def test_a_kernel_gives_the_same(kernel: str, causal: bool) -> None:
     """Values and gradients, to the roundings of half precision."""
     torch.manual_seed(0)
     given = states(), states(), states()
-    run: Any = varlen._torch() if kernel == "torch" else varlen._nested
+    run: Any = varlen._torch() if kernel == "torch" else varlen._dropping
     if run is None:
         pytest.skip("this torch has no kernel of its own for rows of several lengths")
     found, expected = run(*given, layout(), causal, 0.1, 0.0), alone(*given, causal, 0.1)
@@ -55,11 +55,11 @@ def test_a_kernel_gives_the_same(kernel: str, causal: bool) -> None:
         assert float((one.double() - other.double()).norm() / other.double().norm()) < 0.01
 
 
-def test_nested_tensors_drop_weights() -> None:
+def test_a_kernel_drops_weights() -> None:
     """Of ones each token keeps the share of its row's tokens that were not dropped, on average all."""
     torch.manual_seed(0)
     query, ones = torch.zeros_like(states()), torch.ones_like(states())
-    kept = varlen._nested(query, query, ones, layout(), False, 0.1, 0.5)[-129:, :, 0].float()
+    kept = varlen._dropping(query, query, ones, layout(), False, 0.1, 0.5)[-129:, :, 0].float()
     assert kept.mean().item() == pytest.approx(1, abs=0.02)
     assert kept.var().item() == pytest.approx(1 / 129, rel=0.2)
 

@@ -32,8 +32,7 @@ def by_hand(
     edges = layout.bounds.tolist()
     assert edges[0] == 0
     assert edges[-1] == len(q)
-    lengths = [end - start for start, end in itertools.pairwise(edges)]
-    assert (layout.shortest, layout.longest) == (min(lengths), max(lengths))
+    assert layout.longest == max(end - start for start, end in itertools.pairwise(edges))
     assert dropout == 0
     rows = []
     for start, end in itertools.pairwise(edges):
@@ -115,34 +114,12 @@ def test_what_torchs_kernel_is_called_with(causal: bool, monkeypatch: pytest.Mon
     torch.testing.assert_close(run(*given), by_hand(*given))
 
 
-def test_torchs_kernel_takes_these_arguments() -> None:
-    """Its shapes, without a GPU: on the meta device."""
-    run = varlen._torch()
-    assert run is not None
+@pytest.mark.parametrize(("run", "dropout"), [(varlen._torch(), 0.0), (varlen._dropping, 0.1)])
+def test_torchs_kernels_take_these_arguments(run: Any, dropout: float) -> None:
+    """Their shapes, without a GPU: on the meta device."""
     q = torch.empty(9, 4, 8, device="meta", dtype=torch.bfloat16)
     layout: Any = SimpleNamespace(bounds=torch.empty(3, device="meta", dtype=torch.int32), longest=7)
-    assert run(q, q, q, layout, True, 0.3, 0.0).shape == q.shape
-
-
-def test_nested_tensors_give_the_same() -> None:
-    """Values and gradients; on a CPU torch knows no causal ones, see test_cuda.py."""
-    given = [states().requires_grad_() for _ in range(3)]
-    found, expected = (way(*given, two_rows(2), False, 0.3, 0.0) for way in (varlen._nested, by_hand))
-    torch.testing.assert_close(found, expected)
-    along = torch.randn_like(expected)
-    for one, other in zip(*(torch.autograd.grad(way, given, along) for way in (found, expected)), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_nested_tensors_drop_weights() -> None:
-    """Of ones each token keeps the share of its row's tokens that were not dropped: on average all."""
-    torch.manual_seed(0)
-    query, ones = torch.zeros(9, 500, 8), torch.ones(9, 500, 8)
-    kept = varlen._nested(query, query, ones, two_rows(2), False, 0.3, 0.25)
-    counted = (kept[2:, :, 0] * 7 * 0.75).round()  # of the longer row's tokens
-    torch.testing.assert_close(counted / (7 * 0.75), kept[2:, :, 0])
-    assert counted.mean().item() == pytest.approx(7 * 0.75, abs=0.1)
-    assert counted.var().item() == pytest.approx(7 * 0.75 * 0.25, rel=0.1)
+    assert run(q, q, q, layout, True, 0.3, dropout).shape == q.shape
 
 
 def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +149,7 @@ def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None
         ("cuda", torch.bfloat16, 64, (8, 0), 0.0, True, "torch"),
         ("cuda", torch.float16, 256, (9, 0), 0.0, True, "torch"),
         ("cuda", torch.bfloat16, 64, (8, 0), 0.1, True, "flash_attn"),
-        ("cuda", torch.bfloat16, 64, (8, 0), 0.1, False, "nested"),
+        ("cuda", torch.bfloat16, 64, (8, 0), 0.1, False, "dropping"),
         ("cuda", torch.bfloat16, 64, (7, 5), 0.0, True, None),
         ("cuda", torch.float32, 64, (8, 0), 0.0, True, None),
         ("cuda", torch.bfloat16, 100, (8, 0), 0.0, True, None),
@@ -193,6 +170,6 @@ def test_where_there_is_a_kernel(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(varlen, "_torch", lambda: "torch")
     monkeypatch.setattr(varlen, "_flash_attn", lambda: "flash_attn" if installed else None)
-    monkeypatch.setattr(varlen, "_nested", "nested")
+    monkeypatch.setattr(varlen, "_dropping", "dropping")
     tensor: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 9, width))
     assert varlen.kernel_for(tensor, tensor, dropout) == found

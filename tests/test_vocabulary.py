@@ -78,7 +78,7 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def _few_rows_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK", 3 * 4 * WIDTH)
+    monkeypatch.setitem(vocabulary.CHUNK, "cpu", 3 * 4 * WIDTH)
 
 
 def check_equal(model: nn.Module, batch: dict[str, torch.Tensor]) -> Vocabulary:
@@ -244,7 +244,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["qwen3", "bart", "masked, untied"])
 def test_there_are_never_more_logits_than_a_chunk(name: str, trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows in a chunk than the hidden width, since the head's weight, transposed, looks like logits."""
-    monkeypatch.setattr(vocabulary, "CHUNK", 40 * 4 * WIDTH)
+    monkeypatch.setitem(vocabulary.CHUNK, "cpu", 40 * 4 * WIDTH)
     model, batch = MODELS[name](), {key: value.repeat(8, 1) for key, value in labelled().items()}
     head = vocabulary.head_of(model)
     assert head is not None

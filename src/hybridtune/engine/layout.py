@@ -132,11 +132,6 @@ class Layout:
         return replace(self, groups=own), replace(other, groups=others, order=order)
 
     @property
-    def shortest(self) -> int:
-        """Tokens of the shortest row."""
-        return next(iter(self.lengths.values()))
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return next(reversed(self.lengths.values()))

@@ -1,8 +1,7 @@
 """Attention over all rows of a packed row in one call, by a kernel that takes their bounds: on CUDA, in half precision.
 
-torch's own kernel, or flash-attn's where it is installed, which knows dropout too; where it is not, dropout takes
-torch's way for nested tensors, to the same kernel. What none can do (windows, biases, cross-attention, wide heads)
-goes group by group as ever.
+torch's own kernel, or flash-attn's where it is installed. What neither can do (windows, biases, cross-attention, wide
+heads) goes group by group as ever.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from .casts import compute_type
@@ -34,7 +32,7 @@ def kernel_for(query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kern
         return None
     if torch.cuda.get_device_capability(query.device) < CAPABILITY:
         return None
-    return (_flash_attn() if dropout else _torch() or _flash_attn()) or _nested
+    return (_flash_attn() if dropout else _torch() or _flash_attn()) or _dropping
 
 
 def attention(
@@ -91,7 +89,7 @@ def _torch() -> Kernel | None:
     return run
 
 
-def _nested(
+def _dropping(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -100,11 +98,13 @@ def _nested(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    sizes = {"min_seqlen": layout.shortest, "max_seqlen": layout.longest}  # known here; torch would wait for the GPU
-    rows = [torch.nested.nested_tensor_from_jagged(one, layout.bounds, **sizes).transpose(1, 2) for one in (q, k, v)]
-    result = functional.scaled_dot_product_attention(*rows, dropout_p=dropout, is_causal=causal, scale=scaling)
-    packed: torch.Tensor = result.transpose(1, 2).values()
-    return packed
+    """torch's kernel with dropout, which its function leaves out; by nested tensors it takes ten times as long."""
+    bounds, longest = layout.bounds, layout.longest
+    kernel: Any = torch.ops.aten._flash_attention_forward
+    result: torch.Tensor = kernel(
+        q, k, v, bounds, bounds, longest, longest, dropout, causal, return_debug_mask=False, scale=scaling
+    )[0]
+    return result
 
 
 @cache

@@ -23,7 +23,9 @@ from . import proof
 from .batches import is_rows
 from .patch import in_evaluation
 
-CHUNK = 2**26  # bytes of a chunk's logits, in 32-bit floats
+# Bytes of a chunk's logits, in 32-bit floats. A trained head's gradient is added to once a chunk, which on a GPU costs
+# more than small chunks save.
+CHUNK = {"cpu": 2**26, "cuda": 2**30}
 IGNORED = -100
 WINDOW = 32  # columns that the proof is made on
 SPREAD = 10.0  # of made-up logits: what caps or scales logits shows there
@@ -110,7 +112,7 @@ class Vocabulary:
 
     def _sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         empty = self.head(hidden[:0].detach())  # costs nothing, and tells the width and what is trained
-        rows = max(1, CHUNK // (4 * empty.shape[-1]))
+        rows = max(1, CHUNK.get(hidden.device.type, CHUNK["cpu"]) // (4 * empty.shape[-1]))
         total: torch.Tensor = _Sum.apply(self.head, targets, rows, hidden, *_leaves(empty))  # type: ignore[no-untyped-call]
         return total
 
