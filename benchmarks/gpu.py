@@ -147,25 +147,25 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(asked: argparse.Namespace, model: str, method: str) -> None:
-    """All sides of one method on one model, unless they are there already."""
+    """All sides of one method on one model, in the rounds that are not there yet."""
     device = torch.device(asked.device)
     machine = environment.describe(device)
-    key = [model, method, machine["device"]]
-    if any(row["key"] == key for row in read(asked.results)):
-        return
+    there = [row["key"] for row in read(asked.results)]
+    wanted = [one for one in range(1, asked.rounds + 1) if [model, method, machine["device"], one] not in there]
     rows = rows_of(MODELS[model])
-    runs: list[dict[str, Any]] = []
-    for number in range(asked.rounds + 1):  # the first one compiles kernels, and does not count
+    keys = ("device", "processor", "hybridtune", "torch", "transformers", "peft")
+    about = {**sizes(model), **{one: machine[one] for one in keys}, "date": time.strftime("%Y-%m-%d")}
+    for number in [0, *wanted] if wanted else []:  # the first one compiles kernels, and does not count
+        runs = []
         for side in SIDES:
             if "liger" in side and (MODELS[model]["type"] == "bert" or not liger(device)):
                 continue
-            found = {"side": side, "round": number, **once(asked, model, method, side, rows)}
-            runs += [found] if number else []
-            print(json.dumps(found), flush=True)
-    keys = ("device", "processor", "hybridtune", "torch", "transformers", "peft")
-    row = {"key": key, "runs": runs, **sizes(model), "peak": peak(device), **{one: machine[one] for one in keys}}
-    with asked.results.open("a") as file:
-        file.write(json.dumps({**row, "date": time.strftime("%Y-%m-%d")}) + "\n")
+            runs.append({"side": side, **once(asked, model, method, side, rows)})
+            print(number, json.dumps(runs[-1]), flush=True)
+        if number:
+            row = {"key": [model, method, machine["device"], number], "runs": runs, "peak": peak(device), **about}
+            with asked.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def liger(device: torch.device) -> bool:
@@ -319,31 +319,31 @@ def table(rows: list[dict[str, Any]]) -> str:
             "| model | method | side | tokens/s | of peak | ours, times as fast | memory | rounds |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        for row in mine:
-            lines += [_line(row, side) for side in SIDES if any(one["side"] == side for one in row["runs"])]
+        for model, method in dict.fromkeys(tuple(row["key"][:2]) for row in mine):
+            rounds = [row for row in mine if row["key"][:2] == [model, method]]
+            sides = [run["side"] for run in rounds[0]["runs"]]
+            lines += [f"| {model} | {method} | {_cells(rounds, method, side)} |" for side in sides]
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any], side: str) -> str:
-    model, method, _ = row["key"]
-    rounds: dict[int, dict[str, Any]] = {}
-    for one in row["runs"]:
-        rounds.setdefault(one["round"], {})[one["side"]] = one
-    runs = [found[side] for found in rounds.values()]
+def _cells(rounds: list[dict[str, Any]], method: str, side: str) -> str:
+    found = [{run["side"]: run for run in row["runs"]} for row in rounds]
+    runs = [one[side] for one in found]
     if any("out_of_memory" in one for one in runs):
-        return f"| {model} | {method} | {side} | out of memory | - | - | - | {len(runs)} |"
+        return f"{side} | out of memory | - | - | - | {len(runs)}"
     speed = statistics.median(one["tokens_per_second"] for one in runs)
+    first = rounds[0]
     # a head over a vocabulary passes its gradient on, and has one of its own where it is trained
-    weights = PRODUCTS[method] * (row["layer_weights"] + row["head_weights"])
-    share = 2 * weights * speed / 1e12 / row["peak"]
+    weights = PRODUCTS[method] * (first["layer_weights"] + first["head_weights"])
+    share = 2 * weights * speed / 1e12 / statistics.median(row["peak"] for row in rounds)
     ratios = [
-        found["ours"]["tokens_per_second"] / found[side]["tokens_per_second"]
-        for found in rounds.values()
-        if "out_of_memory" not in found["ours"]
+        one["ours"]["tokens_per_second"] / one[side]["tokens_per_second"]
+        for one in found
+        if "out_of_memory" not in one["ours"]
     ]
     times = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else "-"
     memory = max(one["peak_bytes"] for one in runs) / 2**30
-    return f"| {model} | {method} | {side} | {speed:,.0f} | {share:.0%} | {times} | {memory:.1f} GiB | {len(runs)} |"
+    return f"{side} | {speed:,.0f} | {share:.0%} | {times} | {memory:.1f} GiB | {len(runs)}"
 
 
 if __name__ == "__main__":
