@@ -485,6 +485,17 @@ def page(rows: list[dict[str, Any]]) -> str:
                 for side in ("ours", "a")
             ]
             lines.append(f"| {row['key'][2]} | {cells[0]} | {cells[1]} |")
+    import gpu
+
+    found = gpu.read(gpu.RESULTS)
+    if found:
+        lines += [
+            "",
+            "## On a GPU",
+            "",
+            "Written by `python benchmarks/gpu.py`, which says what its sides are.",
+            gpu.table(found),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -98,7 +98,7 @@ def _dropping(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """torch's kernel with dropout, which its function leaves out; by nested tensors it takes ten times as long."""
+    """torch's kernel with dropout, which its function leaves out; nested tensors lead to it at twice a step's time."""
     bounds, longest = layout.bounds, layout.longest
     kernel: Any = torch.ops.aten._flash_attention_forward
     result: torch.Tensor = kernel(
