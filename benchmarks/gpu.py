@@ -225,8 +225,7 @@ def built(model: str, device: torch.device) -> Any:
 
 def sizes(model: str) -> dict[str, int]:
     """Weights of the layers' matrices, and of the head's; twice so many operations is what a token costs forwards."""
-    with torch.device("meta"):
-        found = built(model, torch.device("meta"))
+    found = built(model, torch.device("meta"))
     layers = sum(found.get_submodule(one).weight.numel() for one in Anatomy(found).part("layers").matrices)
     head = found.get_output_embeddings()
     return {"layer_weights": layers, "head_weights": head.weight.numel() if head is not None else 0}

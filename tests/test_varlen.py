@@ -14,25 +14,25 @@ from test_engine import ON, check_equal, padded, shaken
 from torch.nn.attention import varlen as of_torch
 
 from hybridtune.engine import varlen
-from hybridtune.engine.layout import Layout
 
 
 def by_hand(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: Layout,
+    bounds: torch.Tensor,
+    longest: int,
     causal: bool,
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
     """Every token over the tokens between the bounds around it, one by one."""
     assert q.shape == k.shape == v.shape
-    assert layout.bounds.dtype == torch.int32
-    edges = layout.bounds.tolist()
+    assert bounds.dtype == torch.int32
+    edges = bounds.tolist()
     assert edges[0] == 0
     assert edges[-1] == len(q)
-    assert layout.longest == max(end - start for start, end in itertools.pairwise(edges))
+    assert longest == max(end - start for start, end in itertools.pairwise(edges))
     assert dropout == 0
     rows = []
     for start, end in itertools.pairwise(edges):
@@ -49,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     made: list[bool] = []
 
     def kernel(*args: Any) -> torch.Tensor:
-        made.append(args[4])
+        made.append(args[5])
         return by_hand(*args)
 
     monkeypatch.setattr(varlen, "kernel_for", lambda query, value, dropout: kernel)
@@ -79,15 +79,8 @@ def states(heads: int = 4) -> torch.Tensor:
     return torch.randn(9, heads, 8, dtype=torch.double)
 
 
-def two_rows(first: int) -> Layout:
-    """Of that many tokens and the rest of nine."""
-    return Layout.of(torch.arange(9) < torch.tensor([[first], [9 - first]]))
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_torchs_kernel_is_called_with(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = two_rows(2)
-
     def kernel(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -102,15 +95,14 @@ def test_what_torchs_kernel_is_called_with(causal: bool, monkeypatch: pytest.Mon
     ) -> torch.Tensor:
         assert cu_seq_q is cu_seq_k
         assert max_q == max_k
-        assert (cu_seq_q.tolist(), max_q) == ([0, 2, 9], 7)
-        return by_hand(query, key, value, layout, window_size == (-1, 0), scale, 0.0)
+        return by_hand(query, key, value, cu_seq_q, max_q, window_size == (-1, 0), scale, 0.0)
 
     monkeypatch.setattr(of_torch, "varlen_attn", kernel)
     varlen._torch.cache_clear()
     run = varlen._torch()
     varlen._torch.cache_clear()
     assert run is not None
-    given = (states(), states(), states(), layout, causal, 0.3, 0.0)
+    given = (states(), states(), states(), torch.tensor([0, 2, 9], dtype=torch.int32), 7, causal, 0.3, 0.0)
     torch.testing.assert_close(run(*given), by_hand(*given))
 
 
@@ -118,19 +110,16 @@ def test_what_torchs_kernel_is_called_with(causal: bool, monkeypatch: pytest.Mon
 def test_torchs_kernels_take_these_arguments(run: Any, dropout: float) -> None:
     """Their shapes, without a GPU: on the meta device."""
     q = torch.empty(9, 4, 8, device="meta", dtype=torch.bfloat16)
-    layout: Any = SimpleNamespace(bounds=torch.empty(3, device="meta", dtype=torch.int32), longest=7)
-    assert run(q, q, q, layout, True, 0.3, dropout).shape == q.shape
+    bounds = torch.empty(3, device="meta", dtype=torch.int32)
+    assert run(q, q, q, bounds, 7, True, 0.3, dropout).shape == q.shape
 
 
 def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = two_rows(5)
-
     def kernel(*args: Any, dropout_p: float, softmax_scale: float, causal: bool) -> torch.Tensor:
         q, k, v, of_queries, of_keys, longest, longest_key = args
         assert of_queries is of_keys
-        assert of_queries.tolist() == [0, 4, 9]
-        assert longest == longest_key == 5
-        return by_hand(q, k, v, layout, causal, softmax_scale, dropout_p)
+        assert longest == longest_key
+        return by_hand(q, k, v, of_queries, longest, causal, softmax_scale, dropout_p)
 
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = kernel  # type: ignore[attr-defined]
@@ -139,7 +128,7 @@ def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None
     run = varlen._flash_attn()
     varlen._flash_attn.cache_clear()
     assert run is not None
-    given = (states(), states(), states(), layout, True, 0.3, 0.0)
+    given = (states(), states(), states(), torch.tensor([0, 5, 9], dtype=torch.int32), 5, True, 0.3, 0.0)
     torch.testing.assert_close(run(*given), by_hand(*given))
 
 

@@ -20,8 +20,8 @@ from .layout import Layout
 
 WIDEST, MULTIPLE, CAPABILITY = 256, 8, (8, 0)  # heads that the kernels take, and GPUs that they run on
 
-# query, key, value [tokens, heads, width]; their layout; causal; scaling; dropout
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, bool, float, float], torch.Tensor]
+# query, key, value [tokens, heads, width]; bounds [rows + 1]; tokens of the longest row; causal; scaling; dropout
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, bool, float, float], torch.Tensor]
 
 
 def kernel_for(query: torch.Tensor, value: torch.Tensor, dropout: float) -> Kernel | None:
@@ -61,7 +61,7 @@ def attention(
     tensors = query, repeat_kv(key, groups), repeat_kv(value, groups)
     q, k, v = (tensor.to(dtype).squeeze(0).transpose(0, 1) for tensor in tensors)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernel(q, k, v, layout, causal, scaling, dropout).unsqueeze(0)
+    return kernel(q, k, v, layout.bounds, layout.longest, causal, scaling, dropout).unsqueeze(0)
 
 
 @cache
@@ -77,12 +77,13 @@ def _torch() -> Kernel | None:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layout: Layout,
+        bounds: torch.Tensor,
+        longest: int,
         causal: bool,
         scaling: float,
         dropout: float,
     ) -> torch.Tensor:
-        bounds, longest, window = layout.bounds, layout.longest, (-1, 0) if causal else (-1, -1)
+        window = (-1, 0) if causal else (-1, -1)
         result: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window)
         return result  # type: ignore[no-any-return]
 
@@ -93,13 +94,13 @@ def _dropping(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: Layout,
+    bounds: torch.Tensor,
+    longest: int,
     causal: bool,
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
     """torch's kernel with dropout, which its function leaves out; nested tensors lead to it at twice a step's time."""
-    bounds, longest = layout.bounds, layout.longest
     kernel: Any = torch.ops.aten._flash_attention_forward
     result: torch.Tensor = kernel(
         q, k, v, bounds, bounds, longest, longest, dropout, causal, return_debug_mask=False, scale=scaling
@@ -118,12 +119,12 @@ def _flash_attn() -> Kernel | None:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layout: Layout,
+        bounds: torch.Tensor,
+        longest: int,
         causal: bool,
         scaling: float,
         dropout: float,
     ) -> torch.Tensor:
-        bounds, longest = layout.bounds, layout.longest
         result: Any = flash_attn_varlen_func(
             q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
         )
