@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import warnings
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -522,25 +522,21 @@ def test_fast_lora_gives_what_peft_gives(options: dict[str, Any], fast: int) -> 
 def test_what_can_be_sped_up_is_found_once_and_its_state_looked_at_every_time() -> None:
     model, _ = on_model()
     found = engine.start(model.float(), proof.rows_of_batch(padded()))
-    kinds = {type(module).__name__ for module in found.modules}
-    assert kinds == {"Linear", "Dropout"}
-    assert len(found.modules) == sum(type(m) is nn.Dropout or hasattr(m, "lora_A") for m in model.modules())
-    layer, drop = model.bert.encoder.layer[0].attention.self.query, model.bert.encoder.layer[0].output.dropout
+    assert list(found.modules) == [module for module in model.modules() if hasattr(module, "lora_A")]
+    layer = model.bert.encoder.layer[0].attention.self.query
 
-    def taken() -> tuple[bool, bool]:
+    def taken() -> bool:
         with found.open():
-            return "forward" in vars(layer), "forward" in vars(drop)
+            return "forward" in vars(layer)
 
-    assert taken() == (True, True)
+    assert taken()
     layer.enable_adapters(False)
-    drop.p = 0.0
-    assert taken() == (False, False)
+    assert not taken()
     layer.enable_adapters(True)
-    drop.p = 0.2
-    assert taken() == (True, True)
+    assert taken()
 
 
-def test_lora_with_its_own_dropout_in_training_is_pefts() -> None:
+def test_lora_with_its_own_dropout_in_training_is_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = on_model(lora_dropout=0.5)
     no_other_dropout = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p != 0.5]
     for module in no_other_dropout:
@@ -551,7 +547,8 @@ def test_lora_with_its_own_dropout_in_training_is_pefts() -> None:
     model.train()
     torch.manual_seed(3)
     expected = model(**padded()).logits
-    with engine.Engine(None, modules=tuple(m for m in model.modules() if not isinstance(m, nn.Dropout))).open():
+    monkeypatch.setattr(dropout, "speed_up", lambda undo: None)
+    with engine.Engine(None, modules=tuple(model.modules())).open():
         torch.manual_seed(3)
         assert torch.equal(model(**padded()).logits, expected)
 
@@ -593,10 +590,27 @@ def test_fast_dropout_is_dropout(p: float) -> None:
 
 
 def test_dropout_in_evaluation_and_of_zero_is_none() -> None:
-    layers = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5)).eval()
-    with engine.Engine(None, modules=tuple(layers.modules())).open():
+    layers, own = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5)).eval(), nn.functional.dropout
+    with engine.Engine(None).open():
         assert torch.equal(layers(torch.ones(9)), torch.ones(9))
         assert not torch.equal(layers.train()(torch.ones(99)), torch.ones(99))
+        assert torch.equal(nn.functional.dropout(torch.ones(9), 1.0), torch.zeros(9))
+    assert nn.functional.dropout is own
+
+
+@pytest.mark.parametrize("name", ["bert", "marian", "t5"])
+def test_no_dropout_of_a_step_is_drawn_by_torch(name: str) -> None:
+    """Neither that of layers nor that which a model's code calls by itself."""
+    model = (tiny.classifier if name == "bert" else tiny.language_model)(name).train()
+    batch = padded() if name == "bert" else {**padded(), **target()}
+
+    def torchs(way: AbstractContextManager[Any]) -> int:
+        with way, torch.profiler.profile() as seen:
+            answer(model, batch)
+        return sum(one.count for one in seen.key_averages() if one.key == "aten::bernoulli_")
+
+    assert torchs(nullcontext())
+    assert not torchs(engine.start(model, batch).open())
 
 
 @pytest.mark.parametrize("masked", ["no", "causal", "bool", "added"])

@@ -575,7 +575,7 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         """Runs rows without padding, where the model has shown, at the latest on these, that it gives the same so."""
         self._try_on(inputs)
         with (
-            self.engine.open(self._casts) if self.engine else nullcontext(),
+            self.engine.open(self._casts) if self.engine and self._engine_asked == "auto" else nullcontext(),
             self._casts.open() if self._casts else nullcontext(),
         ):
             yield

@@ -38,7 +38,7 @@ class Engine:
     Attributes:
         seam: through which it runs without padding; None where it runs as it is.
         reason: why there is none, or why what frozen layers give is not kept.
-        modules: LoRA and dropout, computed in a faster way where their state allows it when the engine is opened.
+        modules: LoRA's layers, computed in a faster way where their state allows it when the engine is opened.
     """
 
     seam: Seam | None
@@ -56,7 +56,7 @@ class Engine:
             if self.seam:
                 undo.enter_context(self.seam.open())
             lora.speed_up(self.modules, undo, casts)
-            dropout.speed_up(self.modules, undo)
+            dropout.speed_up(undo)
             yield
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
         caches: where hidden states below the lowest trained layer are kept; None where they are not.
         changing: why they are not the same every time, which is said where there are such layers.
     """
-    modules = tuple(module for module in model.modules() if lora.knows(module) or dropout.knows(module))
+    modules = tuple(module for module in model.modules() if lora.knows(module))
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:

@@ -7,13 +7,12 @@ Their order is another than torch's; they come from the same generator, and a tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import functional
 
 from .patch import patch
 
@@ -47,19 +46,14 @@ class _Dropout(torch.autograd.Function):
         return (gradient * kept).mul_(ctx.scale), None
 
 
-def speed_up(modules: Iterable[nn.Module], undo: ExitStack) -> None:
-    """Has dropout layers draw as above where they are given what is on a CPU, until `undo` is closed."""
-    for module in modules:
-        if knows(module) and "forward" not in vars(module) and 0 < module.p < 1:
-            patch(module, "forward", partial(_forward, module, module.forward), undo)
+def speed_up(undo: ExitStack) -> None:
+    """Has torch's dropout draw as above from what is on a CPU, until `undo` is closed.
+
+    The function is replaced, which layers call as well: BART and its kin have no layers for it.
+    """
+    patch(functional, "dropout", partial(_dropout, functional.dropout), undo)
 
 
-def knows(module: nn.Module) -> TypeGuard[nn.Dropout]:
-    """Whether a module may be sped up."""
-    return type(module) is nn.Dropout
-
-
-def _forward(module: nn.Dropout, own: Any, x: torch.Tensor) -> torch.Tensor:
-    fast = module.training and x.device.type == "cpu" and x.is_floating_point() and not module.inplace
-    result: torch.Tensor = _Dropout.apply(x, module.p) if fast else own(x)  # type: ignore[no-untyped-call]
-    return result
+def _dropout(own: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    fast = training and 0 < p < 1 and input.device.type == "cpu" and input.is_floating_point() and not inplace
+    return _Dropout.apply(input, p) if fast else own(input, p, training, inplace)  # type: ignore[no-untyped-call]
