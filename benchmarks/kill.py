@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from record import Record
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,7 +47,7 @@ from hybridtune.stage import LOG, StageLog
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 
-RESULTS = Path(__file__).parent / "results" / "kill.jsonl"
+RECORD = Record("kill")
 SAVE_STEPS = 7
 HEAD = {"part": "head", "method": "full"}
 TOP = {"part": "layers[-1:]", "method": "full", "learning_rate": 1e-4}
@@ -137,28 +139,22 @@ def moments() -> list[Moment]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RECORD.file)
     parser.add_argument("--only", nargs="+", help="names of moments")
     asked = parser.parse_args()
     wanted = [moment for moment in moments() if not asked.only or moment.name in asked.only]
-    there = {row["moment"]: row for row in read(asked.results)}
+    record = Record(asked.results)
+    there = {row["moment"]: row for row in record.rows()}
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary))
         for moment in wanted:
             if moment.name not in there:
                 there[moment.name] = row = bench.survives(moment)
-                asked.results.parent.mkdir(exist_ok=True)
-                with asked.results.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                record.add(row)
                 print(json.dumps(row), flush=True)
     survived = sum(not there[moment.name]["wrong"] for moment in wanted)
     print(f"{survived} of {len(wanted)}")
     sys.exit(survived < len(wanted))
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 class Bench:

