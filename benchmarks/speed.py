@@ -266,13 +266,12 @@ def arguments(side: str, folder: str, bf16: bool, **more: Any) -> Any:
         folder,
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=BATCH,
-        learning_rate=1e-4,
         report_to=[],
         save_strategy="no",
         eval_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
-        **{"bf16": bf16, "logging_steps": 10_000, "seed": 0, **best, **more},
+        **{"learning_rate": 1e-4, "bf16": bf16, "logging_steps": 10_000, "seed": 0, **best, **more},
     )
 
 
