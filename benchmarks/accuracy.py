@@ -121,22 +121,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["key"][0] for row in rows):
         of = SETS[name]
         tried: dict[str, list[dict[str, Any]]] = {}
-        baselines: dict[str, dict[str, Any]] = {}
+        baselines: dict[str, list[dict[str, Any]]] = {}
         for row in (row for row in rows if row["key"][0] == name):
             _, strategy, _, *model = row["key"]
             with_model = f" ({model[0]})" if model else ""
             tried.setdefault(strategy + with_model, []).append(row)
             for title, by in row["baselines"].items():
-                if by not in baselines.values():
-                    baselines[title + with_model] = by
+                baselines.setdefault(f"{title}{with_model}", []).append(by)
         titles = " | ".join(f"test {metric.replace('_f1', '-F1').replace('_', ' ')}" for metric in of.metrics)
         count = next(iter(tried.values()))[0]["rows"]
         lines += [f"\n**{name}** ({count} test rows)\n", f"| strategy | seeds | {titles} | trained |", RULE]
         for title, seeds in sorted(tried.items(), key=lambda one: -mean(one[1], of.metrics[0])):
-            lines.append(
-                f"| {title} | {len(seeds)} | {scores([row['test'] for row in seeds], of)} | {seeds[0]['trainable']:,} |"
-            )
-        lines += [f"| {title} (baseline) | - | {scores([by], of)} | - |" for title, by in baselines.items()]
+            found = scores([row["test"] for row in seeds], of)
+            lines.append(f"| {title} | {len(seeds)} | {found} | {seeds[0]['trainable']:,} |")
+        lines += [f"| {title} (baseline) | - | {scores(by, of)} | - |" for title, by in baselines.items()]
     return "\n".join(lines)
 
 

@@ -66,12 +66,13 @@ def main() -> None:
 def run(asked: argparse.Namespace, kind: str, which: str) -> None:
     """Measures in a process of its own, and appends what comes."""
     key = [kind, which, Path(asked.model or "random").name]
-    if any(one["key"] == key for one in RECORD.rows()):
+    if RECORD.has(key):
         return
     command = [sys.executable, __file__, "--one", kind, which, *sys.argv[1:]]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    RECORD.add({"key": key, **json.loads(done.stdout.splitlines()[-1])})
-    print(RECORD.rows()[-1], flush=True)
+    row = {"key": key, **json.loads(done.stdout.splitlines()[-1])}
+    RECORD.add(row)
+    print(json.dumps(row), flush=True)
 
 
 def texts_of(data: Path, name: str, column: str, count: int) -> list[str]:

@@ -71,8 +71,9 @@ def run(data: Path, model: str, writer: str | None, sets: list[str] | None) -> N
             continue
         one = [sys.executable, __file__, "--data", str(data), "--one", name, task, chosen]
         done = subprocess.run(one, check=True, capture_output=True, text=True)
-        RECORD.add({"key": key, **json.loads(done.stdout.splitlines()[-1])})
-        print(RECORD.rows()[-1], flush=True)
+        row = {"key": key, **json.loads(done.stdout.splitlines()[-1])}
+        RECORD.add(row)
+        print(json.dumps(row), flush=True)
 
 
 def measure(data: Path, name: str, task: str, model: str) -> dict[str, Any]:

@@ -536,7 +536,7 @@ def test_what_can_be_sped_up_is_found_once_and_its_state_looked_at_every_time() 
     assert taken()
 
 
-def test_lora_with_its_own_dropout_in_training_is_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_with_its_own_dropout_in_training_is_pefts() -> None:
     model, _ = on_model(lora_dropout=0.5)
     no_other_dropout = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p != 0.5]
     for module in no_other_dropout:
@@ -547,7 +547,6 @@ def test_lora_with_its_own_dropout_in_training_is_pefts(monkeypatch: pytest.Monk
     model.train()
     torch.manual_seed(3)
     expected = model(**padded()).logits
-    monkeypatch.setattr(dropout, "speed_up", lambda undo: None)
     with engine.Engine(None, modules=tuple(model.modules())).open():
         torch.manual_seed(3)
         assert torch.equal(model(**padded()).logits, expected)
@@ -590,12 +589,11 @@ def test_fast_dropout_is_dropout(p: float) -> None:
 
 
 def test_dropout_in_evaluation_and_of_zero_is_none() -> None:
-    layers, own = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5)).eval(), nn.functional.dropout
-    with engine.Engine(None).open():
+    layers = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.5)).eval()
+    with engine.Engine(None, draws=True).open():
         assert torch.equal(layers(torch.ones(9)), torch.ones(9))
         assert not torch.equal(layers.train()(torch.ones(99)), torch.ones(99))
         assert torch.equal(nn.functional.dropout(torch.ones(9), 1.0), torch.zeros(9))
-    assert nn.functional.dropout is own
 
 
 @pytest.mark.parametrize("name", ["bert", "marian", "t5"])
@@ -676,12 +674,13 @@ def test_attention_with_dropout_goes_the_fast_way(name: str, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("half", "trained", "longest", "fast"),
-    [(True, True, 12, True), (False, True, 12, False), (True, False, 12, False), (True, True, 300, False)],
+    [(True, True, 12, 2), (False, True, 12, 0), (True, False, 12, 0), (True, True, 300, 1)],
 )
 def test_short_rows_in_half_precision_go_the_fast_way_without_dropout(
-    half: bool, trained: bool, longest: int, fast: bool, monkeypatch: pytest.MonkeyPatch
+    half: bool, trained: bool, longest: int, fast: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the gradients of 32 bits, but for rounding; the rest keeps torch's kernel."""
+    """With the gradients of 32 bits, but for rounding; the rest, and longer groups, keep torch's kernel."""
+    monkeypatch.setitem(CALL, "cpu", 0)  # a group for each row
     model, batch = shaken(tiny.classifier("llama", max_position_embeddings=512)), padded(lengths=(3, longest))
     calls, own = [], products.attention
     monkeypatch.setattr(products, "attention", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
@@ -695,7 +694,7 @@ def test_short_rows_in_half_precision_go_the_fast_way_without_dropout(
             loss.backward()
             weight = model.model.layers[0].self_attn.q_proj.weight
             found.append(weight.grad / weight.grad.norm())
-    assert bool(calls) == fast
+    assert len(calls) == fast * model.config.num_hidden_layers
     if found:
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=0.1)
 

@@ -19,7 +19,7 @@ import torch
 import transformers as hf
 from torch.nn import functional
 
-from hybridtune import train
+from hybridtune import train, update
 from hybridtune.engine import microbatch
 from hybridtune.engine.microbatch import MIN_ROWS, by_length
 from hybridtune.tasks.classification import Task
@@ -396,7 +396,7 @@ class TestPieces:
             return pieces
 
         def run(cutter: Any) -> dict[str, Any]:
-            monkeypatch.setattr(train, "by_length", cutter)
+            monkeypatch.setattr(update, "by_length", cutter)
             seen, model = Recorder(), tiny.classifier("bert", **NO_DROPOUT)
             trainer = HybridTrainer(
                 model,

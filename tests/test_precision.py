@@ -214,7 +214,7 @@ def test_a_device_without_it(measured: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert choose(recipe(), old) == Choice(False, True, "this device has none")
     assert precision.say(old) == "not on this device"
     for keys, begun in (({"bf16": True}, None), ({}, True)):
-        with pytest.raises(RecipeError, match="bf16: true, but this device cannot") as caught:
+        with pytest.raises(RecipeError, match="bf16 is asked for, but this device cannot") as caught:
             choose(recipe(**keys), old, begun)
         assert caught.value.found == "Old GPU"
     assert not asked
@@ -288,7 +288,7 @@ def test_a_resumed_run_keeps_to_what_it_was_begun_in(tune: Any, cache: Path, mea
 
 def test_a_mistake_is_one_error(tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
-    with pytest.raises(RecipeError, match="bf16: true, but this device cannot compute in it"):
+    with pytest.raises(RecipeError, match="bf16 is asked for, but this device cannot compute in it"):
         tune(bf16=True)
     assert not (tmp_path / "run").exists()
 

@@ -94,9 +94,15 @@ class Run:
 
         Raises:
             DataError: the rows cannot be read, or have a label that the model does not know.
-            RecipeError: the file of the user's own metrics is not there any more.
+            RecipeError: the file of the user's own metrics is not there any more, or bf16 is asked for without rows.
         """
         if data is None:
+            if self.bf16:
+                raise RecipeError(
+                    "evaluate: bf16 without rows",
+                    expected="rows to score",
+                    mend="leave bf16 away for the run's own scores, which are in fp32",
+                )
             return self.evaluation
         task, source, notes = self.predictor.task, read.describe(data), read.Notes(may_skip=False)
         own = OwnMetrics.load(_own_metrics(self.folder), task)
@@ -171,16 +177,9 @@ def evaluate_run(
         RunError: the run is not finished.
         RecipeError: bf16 is asked for, and there are no rows, or the device has none.
     """
-    if data is None:
-        if bf16:
-            raise RecipeError(
-                "evaluate: bf16 without rows",
-                expected="rows to score, by --data",
-                mend="leave bf16 away for the run's own scores, which are in fp32",
-            )
-        return evaluate.read_evaluation(folder)
     run = Run(folder, device, bf16)
-    run.predictor.watch = watch
+    if data is not None:
+        run.predictor.watch = watch
     return run.evaluate(data, columns)
 
 

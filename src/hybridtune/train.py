@@ -1,49 +1,37 @@
 """HybridTrainer: a transformers.Trainer whose train() runs the stages of a strategy.
 
-Every override of Trainer is in this file. It is the only place that sets `requires_grad`, at the start of every stage,
-from the names that the methods returned.
+Every override of Trainer is in this file or, where it is about the gradients of one update, in `update.py`. This is the
+only place that sets `requires_grad`, at the start of every stage, from the names that the methods returned.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from torch import nn
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, has_length
 from transformers.utils import PushInProgress
 
-from . import checkpoint, engine, guard, staging, tasks
+from . import checkpoint, guard, staging
 from . import model as models
 from . import stage as stages
 from .active import Turns
 from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
-from .engine import Caches, Engine, proof, vocabulary
-from .engine.batches import is_rows
+from .engine import Caches
 from .engine.casts import Casts
-from .engine.microbatch import by_length, by_tokens
-from .engine.noise import Noise
-from .engine.vocabulary import Vocabulary
+from .engine.patch import patch
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
 from .origin import base_of, new_of
@@ -52,16 +40,15 @@ from .refusals import refuse
 from .resolve import resolve
 from .stage import METRICS, StageLog
 from .tuned import Tuned, save_pretrained
+from .update import UpdateTrainer
 
 _NOT_GIVEN = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
 
 
-class HybridTrainer(Trainer):  # type: ignore[misc]
+class HybridTrainer(UpdateTrainer):
     """A `transformers.Trainer` that takes `strategy=`.
 
-    Without a strategy it is Trainer, with one difference: the loss is that of the whole global batch, however it is
-    split (Trainer's own is too large by the number of micro-batches for sequence classification). Rows that Accelerate
-    repeats to fill the last batch of several processes do not count.
+    Without a strategy it is Trainer, but for how it comes to the gradients of an update (see `UpdateTrainer`).
 
     Args:
         *args: as Trainer takes them.
@@ -71,21 +58,14 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             otherwise every method takes its own.
         base: what the model was loaded from; found out from the model where not given.
         manifest: what the manifests of checkpoints should say besides.
-        engine: "auto" runs rows without padding, layers below all that is trained once a row, and a language model's
-            head on labelled tokens alone, where the model proves to give the same so; "off" as Trainer does.
-        caches: what frozen layers give, kept beyond this training for others on the same data.
         measure: metrics of the model that need more than a forward of each batch, such as those of texts that it
             writes; taken at every evaluation, beside the loss.
-        max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time; a stage's
-            own comes first. The batch of an update, and its loss, stay what they are.
-        **kwargs: as Trainer takes them.
+        **kwargs: as UpdateTrainer and Trainer take them; a stage's own `max_tokens_per_micro_batch` comes first.
 
     Raises:
         RecipeError, PartError, MethodError: the strategy does not fit the model, or other arguments not the strategy.
     """
 
-    args: TrainingArguments
-    compute_loss_func: Any
     optimizer: Any
 
     def __init__(
@@ -94,45 +74,21 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         strategy: str | Strategy | Sequence[Stage | dict[str, Any]] | None = None,
         base: Base | None = None,
         manifest: dict[str, Any] | None = None,
-        engine: Literal["auto", "off"] = "auto",
-        caches: Caches | None = None,
-        max_tokens_per_micro_batch: int | None = None,
         measure: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.neftune_noise_alpha = (
-            None  # Trainer's hook takes the batch's width for a row's length: see engine/noise.py
-        )
-        self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self._measure = measure
-        self._forget_engine()
-        self._engine_asked = engine
-        self._caches = caches or Caches()
-        self._casts: Casts | None = None  # of the stage that runs under autocast
         self.base, self.manifest = base, manifest or {}
         self.assembly: Assembly | None = None
         self.composition: Composition | None = None
         self.strategy: Strategy | None = None
         self.in_place = False
         self.restored_step: int | None = None  # of the last stage: the step whose weights were kept as the best
-        self.micro_batch_halvings = 0
         self._asked = self.args
-        self._filler: Any = None
         self._log: StageLog | None = None  # of the stage that runs
         self._limit: int | None = None  # of its checkpoints
         self._aside: Path | None = None  # where a checkpoint is being built
-        self._update: list[Any] = []  # micro-batches of the update that is being computed
-        self._added: list[Any] = []  # those of them whose gradients are there
-        self._update_loss = torch.tensor(0.0)
-        self._logits_wanted = False
-        writes = getattr(getattr(self.compute_loss_func, "__self__", None), "writes", False)
-        self._whole_loss = self.compute_loss_func if writes else None  # where it cannot be computed in chunks
-        if writes:
-            self.compute_loss_func = self._loss_in_chunks() or self._whole_loss
-        elif self.compute_loss_func is None and self.label_smoother is None:
-            self.compute_loss_func = _exact_loss(self.model) or self._loss_in_chunks()
-        self._loss_asked = self.compute_loss_func
         self._take_up(strategy)
 
     def _take_up(self, strategy: Any) -> None:
@@ -329,271 +285,19 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
             staging.thin_out(folder, 1, {best})
 
     @property
+    def _where(self) -> str:
+        return f"stage {self._log.stage.name}: " if self._log else ""
+
+    @property
+    def _kept(self) -> Caches | None:
+        """Nowhere while layers take turns, either."""
+        return super()._kept if self.composition and not self.composition.rotations else None
+
+    @property
     def _tokenizer(self) -> Any:
         found = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         there: Tuned | None = getattr(self.model, "_hybridtune", None)
         return found or (there.tokenizer if there else None)
-
-    @property
-    def _task(self) -> tasks.Task | None:
-        """The task whose loss is computed."""
-        task = getattr(self.compute_loss_func, "__self__", None)
-        return task if isinstance(task, tasks.Task) else None
-
-    @property
-    def _exact(self) -> bool:
-        """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
-        return self.compute_loss_func == self._token_loss or self._task is not None
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Leaves out the rows that Accelerate repeats to fill the epoch's last batch of several processes."""
-        batches, items = self._own_batches(epoch_iterator, num_batches, device)
-        self._update, self._added, self._update_loss = batches, [], torch.zeros((), device=device)
-        return batches, items
-
-    def _own_batches(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self._task is not None and "labels" not in batches[0]:
-            batches = [self._task.with_labels(batch) for batch in batches]
-            items = self._get_num_items_in_batch(batches, device)
-        rows = self._own_rows()
-        if not batches or rows is None or not self._exact or not is_rows(batches[-1]):
-            return batches, items
-        own = {key: value[:rows] for key, value in batches[-1].items()}
-        items = self._get_num_items_in_batch([*batches[:-1], own], device)
-        if rows == 0:  # the others wait for this process's gradient
-            own = self._filler = {key: value[:1] for key, value in batches[-1].items()}
-        return [*batches[:-1], own], items
-
-    def _own_rows(self) -> int | None:
-        """How many rows of the epoch's last batch are this process's own; None for other batches."""
-        loader = self.callback_handler.train_dataloader
-        sampler = getattr(loader, "batch_sampler", None)
-        if not isinstance(sampler, BatchSamplerShard) or sampler.num_processes == 1 or sampler.batch_size is None:
-            return None
-        if not sampler.even_batches or sampler.drop_last or not self.accelerator.gradient_state.end_of_dataloader:
-            return None
-        share = loader.total_batch_size // sampler.num_processes
-        left = len(loader.dataset) % loader.total_batch_size
-        return min(max(left - sampler.process_index * share, 0), share) if left else None
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Computes a batch in pieces where that saves time or where memory does not suffice for the whole.
-
-        No piece has more than `max_tokens_per_micro_batch`. On the CPU padding costs as much as tokens do: there the
-        pieces are rows of similar length. Out of memory, a micro-batch is halved, and what it and those before it in
-        the same update have added is computed again. All need the exact loss: where Trainer's or the user's own is
-        used, a batch stays whole.
-
-        Raises:
-            RuntimeError: out of memory, with no way to halve the micro-batch.
-        """
-        if inputs is self._filler:
-            num_items_in_batch = torch.tensor(float("inf"))  # adds nothing
-        with self._fast(model, inputs), self._noise():
-            return self._step(model, inputs, num_items_in_batch)
-
-    def _step(self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-        again: list[Any] = []
-        while True:
-            pieces = self._pieces(inputs, num_items_in_batch)
-            try:
-                for before in again:
-                    self._add(model, self._pieces(before, num_items_in_batch), num_items_in_batch)
-                loss = self._add(model, pieces, num_items_in_batch)
-                break
-            except RuntimeError as error:
-                largest = max(map(guard.rows_in, pieces))
-                alone = self.args.world_size == 1  # several processes would have to halve together
-                possible = alone and largest > 1 and self._can_cut(num_items_in_batch)
-                if not guard.is_out_of_memory(error) or not possible:
-                    raise
-            again = list(self._added)
-            self._halve(model, largest)
-        self._added.append(inputs)
-        self._update_loss = self._update_loss + loss
-        return loss
-
-    @property
-    def _kept(self) -> Caches | None:
-        """Where hidden states are kept: nowhere while layers take turns or noise is added to the embeddings."""
-        same = self.composition and not self.composition.rotations and not self.args.neftune_noise_alpha
-        return self._caches if same else None
-
-    @property
-    def _not_kept(self) -> str:
-        """Why what frozen layers give is not the same every time, where a user might expect it to be kept."""
-        return "neftune_noise_alpha adds noise below them" if self.args.neftune_noise_alpha else ""
-
-    def _noise(self) -> AbstractContextManager[None]:
-        """NEFTune's, while a step is computed: evaluations know none.
-
-        Raises:
-            RecipeError: the model runs in copies in one process.
-        """
-        alpha = self.args.neftune_noise_alpha
-        if alpha and self.args.n_gpu > 1:
-            raise RecipeError(
-                "neftune_noise_alpha: not under DataParallel, whose copies of a model share their hooks",
-                mend="start a process for each GPU with torchrun, or show the process one of them",
-            )
-        return Noise(self.accelerator.unwrap_model(self.model), alpha).open() if alpha else nullcontext()
-
-    @property
-    def _sharded(self) -> str:
-        """Why this trainer's models run in copies or pieces of their own, which hooks on the model do not reach."""
-        found = {
-            "DataParallel": self.args.n_gpu > 1,
-            "FSDP": self.is_fsdp_enabled,
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "torch_compile": self.args.torch_compile,
-            "reentrant gradient checkpointing": (getattr(self.args, f"{stages.CHECKPOINTING}_kwargs") or {}).get(
-                "use_reentrant"
-            ),
-        }
-        return next((name for name, here in found.items() if here), "")
-
-    def _loss_in_chunks(self) -> Any:
-        """The loss of language models, until a batch shows that a model's own differs; None where it cannot be."""
-        possible = not self._sharded and self._engine_asked == "auto" and vocabulary.head_of(self.model) is not None
-        return self._token_loss if possible else None
-
-    def _token_loss(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        assert self.vocabulary is not None
-        return self.vocabulary.loss(outputs, labels, num_items_in_batch)
-
-    def _forget_engine(self) -> None:
-        """Nothing has been tried on the model as it is now."""
-        self.engine: Engine | None = None
-        self.vocabulary: Vocabulary | None = None
-        self._tried_on_data = False
-
-    def _try_on_data(self) -> None:
-        """Tries engine and loss on rows of the training data, before a checkpoint is loaded or a batch is seen.
-
-        What comes of it is then the same wherever a training goes on. Rows that cannot be had by number are left to the
-        first batch.
-        """
-        if self._tried_on_data:
-            return
-        self._tried_on_data = True
-        checkpointing = getattr(self.args, stages.CHECKPOINTING) and not self._sharded
-        if checkpointing and hasattr(self.model, "_require_grads_hook"):
-            # a gradient of the embeddings is only for reentrant checkpoints, and would lead through all frozen layers
-            self.model.disable_input_require_grads()
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        rows = proof.rows_of_dataset(self.train_dataset, collate)
-        if rows is not None:
-            self._try_on(rows)
-        self._refuse_to_cut(self._exact)
-
-    def _refuse_to_cut(self, possible: bool) -> None:
-        """Says where a limit of tokens cannot be kept: the losses of micro-batches would not add up to the batch's.
-
-        Raises:
-            RecipeError: there is such a limit.
-        """
-        if self.max_tokens_per_micro_batch is None or possible:
-            return
-        reason = self.vocabulary.reason if self.vocabulary else ""
-        raise RecipeError(
-            "max_tokens_per_micro_batch: a batch can only be cut where its loss is a sum that hybridtune knows",
-            found=f"the model's own loss ({reason})" if reason else "another loss (your own, or Trainer's)",
-            mend="leave it out, and lower per_device_train_batch_size instead",
-        )
-
-    def _try_on(self, rows: Any) -> None:
-        """Tries what has not been tried yet. The loss comes first: whether a batch may be cut depends on it."""
-        if self.vocabulary is None and rows.get("labels") is not None:
-            self._try_vocabulary(rows)
-        if self.engine is None:
-            self._try_engine(rows)
-
-    def _try_vocabulary(self, inputs: Any) -> None:
-        """Goes back to Trainer's loss (or the task's), and says so, where a few rows show that a model's is another."""
-        head = vocabulary.head_of(self.model) if self.compute_loss_func == self._token_loss else None
-        if head is None:
-            return
-        with self.compute_loss_context_manager(), self.accelerator.autocast():
-            self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
-        if not self.vocabulary.on:
-            self.compute_loss_func = self._whole_loss
-            warnings.warn(f"engine: logits of all tokens at once: {self.vocabulary.reason}", stacklevel=2)
-
-    def _try_engine(self, inputs: Any) -> None:
-        """Has a few rows of different lengths show whether the model can run without padding."""
-        if self._engine_asked == "off":
-            self.engine = Engine(None, "engine: off")
-            return
-        if self._sharded:
-            self.engine = Engine(None, f"not under {self._sharded} yet")
-            warnings.warn(f"engine: {self.engine}", stacklevel=2)
-            return
-        rows = proof.rows_of_batch(dict(inputs))
-        if rows is None:
-            return
-        try:
-            with self.compute_loss_context_manager(), self.accelerator.autocast():
-                self.engine = engine.start(self.model, self._prepare_inputs(rows), self._kept, self._not_kept)
-        except RuntimeError as error:
-            if not guard.is_out_of_memory(error):
-                raise
-            self.engine = Engine(None, "memory does not suffice to try it")
-        if self.engine.reason:
-            warnings.warn(f"engine: {self.engine}", stacklevel=2)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
-        if self.vocabulary is None:  # outside of a step
-            self._try_vocabulary(inputs)
-        if self._task is not None:
-            inputs = self._task.with_labels(inputs)
-        if self._whole_loss is not None and self.compute_loss_func == self._whole_loss:
-            inputs = vocabulary.complete(self.model, inputs)
-        if self.vocabulary is None or self.compute_loss_func != self._token_loss:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = vocabulary.complete(self.model, inputs)
-        with nullcontext() if self._logits_wanted else self.vocabulary.open(inputs["labels"]):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    @contextmanager
-    def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
-        """Runs rows without padding, where the model has shown, at the latest on these, that it gives the same so."""
-        self._try_on(inputs)
-        with (
-            self.engine.open(self._casts) if self.engine and self._engine_asked == "auto" else nullcontext(),
-            self._casts.open() if self._casts else nullcontext(),
-        ):
-            yield
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        """Trainer's, without padding."""
-        self._logits_wanted = not prediction_loss_only
-        try:
-            with self._fast(model, inputs):
-                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self._logits_wanted = False
 
     def evaluation_loop(
         self,
@@ -603,48 +307,16 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's, and what `measure` measures beside it."""
+        """Trainer's, and what `measure` measures beside it: with the model as it will be used, not under autocast."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._measure is not None and metric_key_prefix == "eval":
-            output.metrics.update({f"eval_{key}": value for key, value in self._measure(self.model).items()})
+            with ExitStack() as undo:
+                plain = vars(self.model).get("_original_forward")
+                if plain is not None:  # accelerate's own computes under autocast
+                    patch(self.model, "forward", plain, undo)
+                measured = self._measure(self.model)
+            output.metrics.update({f"eval_{key}": value for key, value in measured.items()})
         return output
-
-    def _can_cut(self, items: torch.Tensor | int | None) -> bool:
-        """Whether rows can be computed apart."""
-        return self._exact and items is not None
-
-    def _pieces(self, inputs: Any, items: torch.Tensor | int | None) -> list[Any]:
-        if not self._can_cut(items):
-            self._refuse_to_cut(False)
-            return [inputs]
-        pieces, limit = [inputs], self.max_tokens_per_micro_batch
-        if limit is not None:
-            pieces = by_tokens(dict(inputs), limit)
-        if self.args.device.type == "cpu" and not (self.engine and self.engine.on):
-            pieces = [part for piece in pieces for part in by_length(dict(piece))]
-        return [part for piece in pieces for part in guard.cut(piece, 2**self.micro_batch_halvings)]
-
-    def _add(self, model: nn.Module, pieces: list[Any], items: torch.Tensor | int | None) -> torch.Tensor:
-        """Adds the gradients of all pieces of a micro-batch to those that are there; returns its loss."""
-        losses = []
-        for number, piece in enumerate(pieces, 1):
-            with nullcontext() if number == len(pieces) else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, piece, items))
-        return torch.stack(losses).sum()
-
-    def _halve(self, model: nn.Module, rows: int) -> None:
-        """Halves the micro-batch from now on and takes back the gradients of this update."""
-        self.micro_batch_halvings += 1
-        model.zero_grad()
-        gc.collect()
-        if self.args.device.type == "cuda":
-            torch.cuda.empty_cache()
-        stage = f"stage {self._log.stage.name}: " if self._log else ""
-        warnings.warn(
-            f"{stage}out of memory at step {self.state.global_step + 1}: {rows} rows at a time are halved to "
-            f"{-(-rows // 2)}. The batch of an update stays what it was.",
-            stacklevel=2,
-        )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, before the weights change by it; looks once an update whether it and the loss are numbers.
@@ -747,7 +419,6 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
         trial: Any,
     ) -> tuple[int, int]:
         """Finds the best checkpoint also where the folder was moved, and trains no more where training had ended."""
-        self._try_on_data()
         epochs, steps = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -782,10 +453,10 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Loads what `_save` has written."""
-        self._try_on_data()
         if self.assembly is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
+            self._try_on_data()
             checkpoint.load_tensors(Path(resume_from_checkpoint), self.assembly)
 
     def _load_best_model(self) -> None:
@@ -837,13 +508,3 @@ class HybridTrainer(Trainer):  # type: ignore[misc]
 def _read(strategy: Any) -> Strategy:
     stages = isinstance(strategy, Sequence) and not isinstance(strategy, str)
     return read_strategy({"stages": list(strategy)} if stages else strategy)
-
-
-def _exact_loss(model: nn.Module) -> Any:
-    """The loss of the whole global batch for a model whose task we know, or None: Trainer's own."""
-    found = tasks.for_model(model)
-    if found is None:
-        return None
-    task = found()
-    task.ready(model)
-    return task.loss

@@ -1,8 +1,9 @@
 """Attention over a packed row: every row sees itself and no other.
 
 On a GPU one call may do it all (see `varlen`). Else what the model would have called (sdpa, eager, the prefixes around
-them) is called for each group of rows of one length, without padding and so without a padding mask. Causality, windows
-and biases stay its own business: the group's mask is made by the same function, and only where the model asked for one.
+them), or what is faster than torch's (see `products`), is called for each group of rows of about one length; those of
+one length need no padding mask. Causality, windows and biases stay its own business: the group's mask is made by the
+same function, and only where the model asked for one or the group has padding.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class Mask:
     asked: dict[str, Any]
     queries: Layout
     _made: dict[int, torch.Tensor | None] = field(default_factory=dict)
-    _crossed: tuple[Layout, Mask] | None = None
+    _crossed: dict[int, tuple[Layout, Mask]] = field(default_factory=dict)
 
     def with_queries(self, queries: Layout) -> Mask:
-        """The mask of cross-attention, where rows go in pairs; every layer is given the same."""
-        if self._crossed is None or self._crossed[0] is not queries:
+        """The mask of cross-attention, where rows go in pairs; layers with the same queries are given the same."""
+        if id(queries) not in self._crossed:
             own, keys = queries.together(self.keys, merge=is_plain(self.asked["mask_function"]))
-            self._crossed = queries, Mask(keys, self.asked, own)
-        return self._crossed[1]
+            self._crossed[id(queries)] = queries, Mask(keys, self.asked, own)
+        return self._crossed[id(queries)][1]
 
     def with_exact(self) -> Mask:
         """The mask over rows that are not padded to the length of others."""
@@ -124,15 +125,15 @@ def attention(
         if kernel is not None:
             causal, states = function is causal_mask_function, (query, key, value)
             return varlen.attention(kernel, module, states, mask.keys, causal, kwargs.get("scaling"), p), None
-    longest = max(mask.queries.longest, mask.keys.longest)
-    if inner is sdpa_attention_forward and products.pays(query, key, value, longest, p):
-        inner = products.attention
-        kwargs = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
+    known: dict[str, Any] = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
     groups = zip(mask.queries.split(query, 2), mask.keys.split(key, 2), mask.keys.split(value, 2), strict=True)
     results = []
     for number, (q, k, v) in enumerate(groups):
         if bias is not None:
-            kwargs["position_bias"] = bias[:, :, : q.shape[2], : k.shape[2]]
-        found, _ = inner(module, q, k, v, mask.of(number), **kwargs)
+            known["position_bias"] = kwargs["position_bias"] = bias[:, :, : q.shape[2], : k.shape[2]]
+        if inner is sdpa_attention_forward and products.pays(q, k, v, p):
+            found, _ = products.attention(module, q, k, v, mask.of(number), **known)
+        else:
+            found, _ = inner(module, q, k, v, mask.of(number), **kwargs)
         results.append(found)
     return mask.queries.join(results), None

@@ -7,14 +7,11 @@ Their order is another than torch's; they come from the same generator, and a tr
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
-
-from .patch import patch
+from torch.overrides import TorchFunctionMode
 
 _STEPS = 2**16
 
@@ -46,14 +43,19 @@ class _Dropout(torch.autograd.Function):
         return (gradient * kept).mul_(ctx.scale), None
 
 
-def speed_up(undo: ExitStack) -> None:
-    """Has torch's dropout draw as above from what is on a CPU, until `undo` is closed.
+class Dropout(TorchFunctionMode):
+    """Has torch's dropout draw as above from what is on a CPU, while it is entered, in this thread.
 
-    The function is replaced, which layers call as well: BART and its kin have no layers for it.
+    It stands before the function, which layers call as well: BART and its kin have no layers for it.
     """
-    patch(functional, "dropout", partial(_dropout, functional.dropout), undo)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_dropout if func is functional.dropout else func)(*args, **(kwargs or {}))
 
 
-def _dropout(own: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     fast = training and 0 < p < 1 and input.device.type == "cpu" and input.is_floating_point() and not inplace
-    return _Dropout.apply(input, p) if fast else own(input, p, training, inplace)  # type: ignore[no-untyped-call]
+    if not fast:
+        return functional.dropout(input, p, training, inplace)
+    result: torch.Tensor = _Dropout.apply(input, p)  # type: ignore[no-untyped-call]
+    return result

@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-LEAST, SIZES = (
-    16,
-    16,
-)  # tokens between two sizes of a packed row that is filled up, and sizes from one length to its double
+LEAST = 16  # tokens between two sizes of a packed row that is filled up
+SIZES = 16  # from one length to its double
 
 # What a call of attention costs beside its work, in scores (queries times keys) of one row.
 CALL = {"cpu": 2**13, "cuda": 2**16}
@@ -207,7 +205,8 @@ class Layout:
 
 
 def filled(tokens: int) -> int:
-    """To how many places a packed row is filled up: at most a sixteenth more, so that lengths have few sizes.
+    """To how many places a packed row is filled up: at most a sixteenth more, or to the next
+    multiple of 16, so that lengths have few sizes.
 
     On a CPU oneDNN makes code for every size of a product in half precision, in milliseconds and some 600 KiB of memory
     each, and keeps up to 1,024 of them.

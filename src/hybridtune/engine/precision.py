@@ -102,9 +102,9 @@ def refuse_bf16(device: torch.device) -> None:
     """
     if not has_bf16(device):
         raise RecipeError(
-            "bf16: true, but this device cannot compute in it",
+            "bf16 is asked for, but this device cannot compute in it",
             found=machine(device)["device"],
-            mend="leave bf16 away, or give bf16: false",
+            mend="leave it away",
         )
 
 

@@ -65,19 +65,18 @@ class _Attention(torch.autograd.Function):
         )
 
 
-def pays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, p: float) -> bool:
+def pays(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, p: float) -> bool:
     """Whether attention as above is faster than torch's own.
 
     Args:
-        query, key, value: of all rows.
-        length: of the longest row.
+        query, key, value: [rows, heads, length, head width].
         p: of its dropout.
     """
     if query.device.type != "cpu":
         return False
     trained = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     half = compute_type(query).itemsize == 2
-    return bool(p) or (trained and half and length <= SHORT)
+    return bool(p) or (trained and half and max(query.shape[2], key.shape[2]) <= SHORT)
 
 
 def attention(

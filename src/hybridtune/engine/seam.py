@@ -2,9 +2,9 @@
 
 Between the two, hidden states are one packed row [1, tokens, width], so that no layer computes padding; embeddings,
 poolers, heads and the search for the last token see padded batches as ever. It works on any transformers model whose
-masks and attention go through transformers' interfaces, and knows none by name: hooks pack what a layer is given, and
-`attention.attention` keeps rows apart. What a model's masks look like is not seen before it runs: `engine.start` tries
-whether all this holds for a model.
+masks and attention go through transformers' interfaces, and knows none by name (but for T5's bias by distance, which
+comes beside the mask): hooks pack what a layer is given, and `attention.attention` keeps rows apart. What a model's
+masks look like is not seen before it runs: `engine.start` tries whether all this holds for a model.
 """
 
 from __future__ import annotations
@@ -177,8 +177,7 @@ class _Stack:
     def _recall(self, layout: Layout) -> torch.Tensor:
         """The known hidden states as a packed row."""
         assert self.known is not None
-        rows = [self.known[row] for group in layout.groups for row in group.rows]
-        return layout.fill([row.to(layout.index.device).unsqueeze(0) for row in rows])
+        return layout.fill([self.known[row].to(layout.index.device).unsqueeze(0) for row in layout.lengths])
 
     def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
         """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
