@@ -21,6 +21,7 @@ from hybridtune import answer, api, checkpoint, tasks
 from hybridtune.cli import app
 from hybridtune.console import Console
 from hybridtune.errors import DataError, ModelError
+from hybridtune.tasks._prompts import Prompts
 from hybridtune.tasks.translation import Task
 
 QUIET = Console(quiet=True)
@@ -295,3 +296,49 @@ def test_targets_longer_than_the_limit_are_counted(model: str, capsys: pytest.Ca
     assert split["train"]["limit"] == 3
     assert split["train"]["truncated"] > 100
     assert "max_new_tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "template"), [("bart", "{source}"), ("t5", "translate: {source}")])
+def test_what_is_too_long_is_cut_as_tokenizers_cut(name: str, template: str) -> None:
+    tokenizer, texts = tiny.tokenizer(), ["a b c d e f g h i j k l", "a b", "  ".join("abcdefgh")]
+    prompts = Prompts(tokenizer, template, "source", encoder_decoder=True, chat=False)
+    found, lengths, _ = prompts.said([{"source": text} for text in texts], 7)
+    whole = [template.replace("{source}", text) for text in texts]
+    assert found == tokenizer(whole, truncation=True, max_length=7)["input_ids"]
+    assert lengths == [len(ids) for ids in tokenizer(whole)["input_ids"]]
+
+
+@pytest.mark.parametrize("room", range(6, 16))
+def test_of_a_text_in_the_middle_the_longest_beginning_that_fits_is_kept(room: int) -> None:
+    tokenizer = tiny.tokenizer()
+    prompts = Prompts(tokenizer, "g {source} h i", "source", encoder_decoder=False, chat=False)
+    text = "a b c d e f j k l a b c"
+    ((found,), _, _) = prompts.said([{"source": text}], room)
+    every = [prompts.said([{"source": text[:count]}], 100)[0][0] for count in range(len(text) + 1)]
+    assert found == max((ids for ids in every if len(ids) <= room), key=len)
+    assert tokenizer.decode(found, skip_special_tokens=True).endswith("h i")
+
+
+def test_an_end_that_is_forced_is_none() -> None:
+    """BART puts an end into the last place of what goes on."""
+    model, tokenizer, task = tiny.language_model("bart"), tiny.tokenizer(), Task(settings={"max_new_tokens": 4})
+    task.prepare(model, tokenizer)
+    end = model.generation_config.eos_token_id
+    rows = Dataset.from_list([{"source": "a", "target": "b"}] * 3)
+    written = [np.array([9, 9, end, 0]), np.array([9, 9, 9, end]), np.array([9, 9, 9, 9])]
+    for forced, cut in ((None, [False, False, True]), (end, [False, True, True])):
+        model.generation_config.forced_eos_token_id = forced
+        assert task.row_stats(written, rows, rows)["cut"].tolist() == cut
+
+
+def test_rows_without_a_target_are_not_held_out(tmp_path: Path) -> None:
+    """They are dropped, as rows of train are."""
+    rows = pairs(60, 3)
+    for at in range(0, 60, 4):
+        rows[at]["target"] = ""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = str(tiny.save_writer(tmp_path / "t5", "t5"))
+    found = api.check(model=model, task="translation", data={"train": str(tmp_path / "rows.jsonl")}, console=QUIET)
+    assert sum(split["rows_read"] for split in found["splits"].values()) == 60
+    (missing,) = [one for one in found["findings"] if one["kind"] == "missing_label"]
+    assert (missing["split"], missing["count"]) == ("train", 15)

@@ -119,9 +119,12 @@ def evaluate(
 
 
 def doubts_of(metrics: dict[str, Any]) -> list[str]:
-    """What is said of intervals that cannot be relied on, each sentence once: several metrics may share one."""
-    told = (interval["warning"] for interval in metrics.values() if "warning" in interval)
-    return sorted({sentence for warning in told for sentence in warning.split(SENTENCES)})
+    """What is said of intervals that cannot be relied on, each sentence once, with the metrics that share it."""
+    told: dict[str, list[str]] = {}
+    for name, interval in metrics.items():
+        for sentence in interval["warning"].split(SENTENCES) if "warning" in interval else ():
+            told.setdefault(sentence, []).append(name)
+    return [f"{', '.join(names)}: {sentence}" for sentence, names in sorted(told.items())]
 
 
 def verdicts(task: Task, metrics: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -270,5 +270,6 @@ def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str, read
         f"# {base.name}, tuned for {manifest['task']['name']}\n\nThis folder is {says[kind]}.\n\n"
         f"```python\n{snippet}```\n\n"
         + (f"{reading}\n\n" if reading else "")
+        + f"It was tuned on rows of at most {manifest['max_length']} tokens.\n\n"
         + f"Tuned with hybridtune {__version__}, strategy {manifest['strategy']['name']}:\n\n{stages}\n"
     )

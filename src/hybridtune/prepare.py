@@ -209,8 +209,10 @@ def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
 
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
-        kinds = task.strata(train)
-        return split.hold_out(train, fraction, recipe.all_seeds()[0], **_alike(task, train, kinds), keep=kinds)
+        whole, lacking = _with_targets(task, train)
+        kinds = task.strata(whole)
+        kept, held = split.hold_out(whole, fraction, recipe.all_seeds()[0], **_alike(task, whole, kinds), keep=kinds)
+        return (concatenate_datasets([kept, lacking]) if len(lacking) else kept), held
     except DataError as error:
         problem = error
     try:
@@ -218,6 +220,16 @@ def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction:
     except DataError as known_better:
         problem = known_better
     raise _of_max_rows(recipe, task, source, train, problem)
+
+
+def _with_targets(task: Task, rows: Dataset) -> tuple[Dataset, Dataset]:
+    """The rows that can be held out, and those without a text to write, which the check drops from train."""
+    here = np.ones(len(rows), bool)
+    for name in set(task.required) - set(task.inputs) if task.writes else ():
+        here &= np.array([bool(as_text(value).strip()) for value in rows[name][:]], bool)
+    if here.all():
+        return rows, rows.select(())
+    return rows.select(np.flatnonzero(here)), rows.select(np.flatnonzero(~here))
 
 
 def _alike(task: Task, rows: Dataset, kinds: Sequence[Sequence[Any]] | None) -> dict[str, Any]:
@@ -281,7 +293,8 @@ def setting_of(
     encoded = {name: table for name, (table, _) in sifted.items()}
     size = consoles.count(sum(parameter.numel() for parameter in loaded.model.parameters()))
     depth = ", ".join(f"{n} {role} layers".replace("  ", " ") for role, n in start.assembly.anatomy.depth.items())
-    told = _say_vocabulary(before, loaded, console) if before is not None else {}
+    asked = recipe.vocabulary.train if recipe.vocabulary else None
+    told = _say_vocabulary(before, loaded, asked, console) if before is not None else {}
     console.line(f"  model {recipe.model}: {type(loaded.model).__name__}, {size} parameters, {depth}")
     if start.assembly.attachments:
         there = "; ".join(map(str, start.assembly.attachments))
@@ -373,7 +386,9 @@ def _plain(value: Any) -> str:
     return " ".join(map(_plain, value)) if isinstance(value, list) else as_text(value)
 
 
-def _say_vocabulary(before: tuple[dict[str, int], int], after: models.Loaded, console: Console) -> dict[str, Any]:
+def _say_vocabulary(
+    before: tuple[dict[str, int], int], after: models.Loaded, asked: int | None, console: Console
+) -> dict[str, Any]:
     """How many pieces there were and are, and what became of the model's size, for data.json."""
     (known, size), found = before, after.tokenizer.get_vocab()
     new = [piece for piece in sorted(found, key=found.__getitem__) if piece not in known]
@@ -383,6 +398,8 @@ def _say_vocabulary(before: tuple[dict[str, int], int], after: models.Loaded, co
         f"  vocabulary: {len(found) - len(new):,} of {len(known):,} pieces kept, {len(new):,} new{shown}; "
         f"{' -> '.join(map(consoles.memory, sizes))} of weights"
     )
+    if asked and len(found) < asked:
+        console.warn(f"vocabulary: {asked:,} pieces were asked for; the texts give no more than {len(found):,}")
     return {
         "vocabulary": {
             "pieces_before": len(known),

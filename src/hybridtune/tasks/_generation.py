@@ -232,8 +232,13 @@ class WritingTask(tasks.Task):
 
     def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
         """What the scores are computed from, and how the texts look."""
-        cut = np.array([not self._ends & set(ids.tolist()) for ids in logits])
-        return {**self.stats(self.texts(logits), rows), "cut": cut}
+        return {**self.stats(self.texts(logits), rows), "cut": np.array(list(map(self._is_cut, logits)))}
+
+    def _is_cut(self, ids: np.ndarray) -> bool:
+        """Whether a text does not end by itself; BART and its kin have an end forced into the last place."""
+        ends = np.flatnonzero(np.isin(ids, list(self._ends)))
+        forced = self._config.forced_eos_token_id is not None
+        return not len(ends) or bool(forced and ends[0] == int(self.settings["max_new_tokens"]) - 1)
 
     def stats(self, texts: Sequence[str], rows: Dataset) -> Stats:
         """The same of texts that no model has written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ class Prompts:
         """
         full = self._tokens(rows)
         return (
-            [ids if len(ids) <= room else self._shorter(row, ids, room) for row, ids in zip(rows, full, strict=True)],
+            [ids if len(ids) <= room else self._shorter(row, room) for row, ids in zip(rows, full, strict=True)],
             [len(ids) for ids in full],
             count_unknown(full, self.tokenizer),
         )
@@ -156,9 +157,21 @@ class Prompts:
         # Some tokenizers end every text; what is to be continued has no end.
         return [(ids[:-1] if ids and ids[-1] == self.end else ids) or [self.end] for ids in found]
 
-    def _shorter(self, row: Row, ids: list[int], room: int) -> list[int]:
-        text = row[self.cut]
-        while len(ids) > room and text:
-            text = text[: min(len(text) - 1, len(text) * room // len(ids))]
-            (ids,) = self._tokens([{**row, self.cut: text}])
-        return ids[-room:]  # a template longer than there is room
+    def _shorter(self, row: Row, room: int) -> list[int]:
+        """As the tokenizer cuts, where the text stands last; else with the longest beginning of it that fits."""
+        if self.encoder_decoder and self.tokenizer.truncation_side == "right" and self._stands_last:
+            words = self.filled(row)
+            cut: list[int] = self.tokenizer(words, truncation=True, max_length=room)["input_ids"]
+            return cut
+
+        def tokens(characters: int) -> list[int]:
+            return self._tokens([{**row, self.cut: row[self.cut][:characters]}])[0]
+
+        kept = bisect_right(range(len(row[self.cut])), room, key=lambda count: len(tokens(count)))
+        while kept and len(tokens(kept)) > room:  # a few more characters may be fewer tokens
+            kept -= 1
+        return tokens(kept)[-room:]  # a template longer than there is room
+
+    @property
+    def _stands_last(self) -> bool:
+        return self.template.endswith(f"{{{self.cut}}}") and self.template.count(f"{{{self.cut}}}") == 1

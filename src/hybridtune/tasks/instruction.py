@@ -376,7 +376,11 @@ class Task(WritingTask):
     @property
     def reading(self) -> str:
         """How it is asked."""
-        how = "by the tokenizer's chat template" if self.template is None else f"with `{self.template}` for each turn"
+        if self.encoder_decoder:
+            how = "as one text, a line for each turn (`user: ...`), without the role where there is a single turn"
+            how += f", in `{self.template}`" if self.template else ""
+        else:
+            how = f"with `{self.template}` for each turn" if self.template else "by the tokenizer's chat template"
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
         return (
             f"It answers conversations, put before it {how}. Its generation_config.json says how it writes: "

@@ -104,7 +104,8 @@ def repaired(rows: dict[str, Written], found: list[Finding], more: Any) -> dict[
         DataError: a row of validation or test has no target, or nothing is left.
     """
     name = next(iter(rows.values())).column
-    rows = missing(rows, {split: np.flatnonzero(one.unsaid) for split, one in rows.items()}, found, f"a {name}")
+    words = f"{'an' if name.startswith('a') else 'a'} {name}"
+    rows = missing(rows, {split: np.flatnonzero(one.unsaid) for split, one in rows.items()}, found, words)
     rows = empty_texts(rows, found)
     if "train" in rows:
         rows = duplicates(rows, found)
