@@ -128,7 +128,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             tried.setdefault(strategy + with_model, []).append(row)
             for title, by in row["baselines"].items():
                 baselines.setdefault(f"{title}{with_model}", []).append(by)
-        titles = " | ".join(f"test {metric.replace('_f1', '-F1').replace('_', ' ')}" for metric in of.metrics)
+        titles = " | ".join(
+            f"test {metric.replace('_f1', '-F1').replace('f1', 'F1').replace('_', ' ')}" for metric in of.metrics
+        )
         count = next(iter(tried.values()))[0]["rows"]
         lines += [f"\n**{name}** ({count} test rows)\n", f"| strategy | seeds | {titles} | trained |", RULE]
         for title, seeds in sorted(tried.items(), key=lambda one: -mean(one[1], of.metrics[0])):
@@ -148,8 +150,8 @@ def scores(seeds: list[dict[str, Any]], of: Set) -> str:
     cells = []
     for name in of.metrics:
         value, low, high = (of.scale * fmean(one[name][key] for one in seeds) for key in ("value", "low", "high"))
-        spread = f" ± {of.scale * stdev(one[name]['value'] for one in seeds):.1f}" if len(seeds) > 1 else ""
-        cells.append(f"{value:.1f} [{low:.1f}, {high:.1f}]{spread}")
+        spread = f"{of.scale * stdev(one[name]['value'] for one in seeds):.1f}" if len(seeds) > 1 else "0.0"
+        cells.append(f"{value:.1f} [{low:.1f}, {high:.1f}]" + (f" ± {spread}" if float(spread) else ""))
     return " | ".join(cells)
 
 

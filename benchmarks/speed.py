@@ -58,6 +58,7 @@ GOALS = {
     "head": (20, 8),
     "predict": (5, 2),
 }
+RANDOM = ("bert-base", "llama")  # models with random weights; their texts are cut by MiniLM's tokenizer
 BATCH = 32
 STEPS = 6
 # Products of a token with a weight of the layers: forwards, backwards to its input, and to the weight if it is trained.
@@ -171,7 +172,7 @@ def loaded(name: str, labels: int, attention: str = "sdpa") -> Any:
     from hybridtune import model as models
 
     torch.manual_seed(0)
-    tokenizer = models.load_tokenizer(MINILM if name in ("bert-base", "llama") else name)
+    tokenizer = models.load_tokenizer(MINILM if name in RANDOM else name)
     if name == "bert-base":
         model = hf.BertForSequenceClassification(hf.BertConfig(num_labels=labels))
     elif name == "llama":
@@ -194,22 +195,28 @@ def loaded(name: str, labels: int, attention: str = "sdpa") -> Any:
 
 
 def peer_model(name: str, method: str, labels: int, attention: str) -> Any:
-    """As PEFT's users build it; PEFT has no adapters: they are ours, under the plain Trainer."""
+    """The same weights trained as ours, by PEFT. It has no adapters: they are ours, under the plain Trainer."""
     import torch
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     from hybridtune import methods
     from hybridtune.anatomy import Anatomy
+    from hybridtune.model import locate
 
     model, _ = loaded(name, labels, attention)
     anatomy = Anatomy(model)
+    head = sorted({parameter.rpartition(".")[0] for parameter in anatomy.part("head").parameters})
     if method in ("lora", "lora-top2"):
-        matrices = anatomy.part("layers" if method == "lora" else "layers[-2:]").matrices
-        return get_peft_model(
-            model, LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules=list(matrices))
-        )
+        matrices = list(anatomy.part("layers" if method == "lora" else "layers[-2:]").matrices)
+        given = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules=matrices, modules_to_save=head)
+        return get_peft_model(model, given)
     if method == "prompt":
-        return get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20))
+        begins = {
+            "prompt_tuning_init": "SAMPLE_VOCAB",
+            "tokenizer_name_or_path": str(locate(MINILM if name in RANDOM else name)),
+        }
+        given = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20, modules_to_save=head, **begins)
+        return get_peft_model(model, given)
     if method in ("adapter", "head"):
         model.requires_grad_(False)
         adapter = methods.load("adapter")
@@ -294,7 +301,7 @@ def trainer_of(
 
     if side != "ours":
         model = peer_model(model_name, method, labels, attention)
-        _, tokenizer = loaded(MINILM, labels) if model_name in ("bert-base", "llama") else loaded(model_name, labels)
+        _, tokenizer = loaded(MINILM, labels) if model_name in RANDOM else loaded(model_name, labels)
         trainer = Trainer(model, given, train_dataset=rows, processing_class=tokenizer, **more)
     else:
         model, tokenizer = loaded(model_name, labels)
@@ -318,7 +325,7 @@ def train_once(name: str, method: str, texts: list[str], side: str, attention: s
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append((time.perf_counter(), seen))
 
-    tokenizer = loaded(MINILM if name in ("bert-base", "llama") else name, 4)[1]
+    tokenizer = loaded(MINILM if name in RANDOM else name, 4)[1]
     rows, whole = dataset(tokenizer, texts), EPOCHS.get(method)
     memory = PeakMemory(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
