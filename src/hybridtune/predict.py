@@ -109,7 +109,8 @@ class Predictor:
             for number, value in zip(table[reading.ROW][:], table[name][:], strict=True):
                 problem = self.task.problem(name, value)
                 if problem:
-                    raise DataError(f"{place(source, number)}: {name} {problem}")
+                    mend = "take the row out, or give it a text" if value is None else None
+                    raise DataError(f"{place(source, number)}: {name} {problem}", mend=mend)
         return table
 
     def to(self, device: torch.device | str) -> Predictor:
