@@ -596,6 +596,17 @@ def test_dropout_in_evaluation_and_of_zero_is_none() -> None:
         assert torch.equal(nn.functional.dropout(torch.ones(9), 1.0), torch.zeros(9))
 
 
+def test_dropout_is_torchs_again_in_whatever_order_engines_are_left() -> None:
+    own = nn.functional.dropout
+    one, other = (engine.Engine(None, draws=True).open() for _ in range(2))
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert nn.functional.dropout is not own
+    other.__exit__(None, None, None)
+    assert nn.functional.dropout is own
+
+
 @pytest.mark.parametrize("name", ["bert", "marian", "t5"])
 def test_no_dropout_of_a_step_is_drawn_by_torch(name: str) -> None:
     """Neither that of layers nor that which a model's code calls by itself."""

@@ -97,13 +97,7 @@ class Run:
             RecipeError: the file of the user's own metrics is not there any more, or bf16 is asked for without rows.
         """
         if data is None:
-            if self.bf16:
-                raise RecipeError(
-                    "evaluate: bf16 without rows",
-                    expected="rows to score",
-                    mend="leave bf16 away for the run's own scores, which are in fp32",
-                )
-            return self.evaluation
+            return _own_scores(self.folder, self.bf16)
         task, source, notes = self.predictor.task, read.describe(data), read.Notes(may_skip=False)
         own = OwnMetrics.load(_own_metrics(self.folder), task)
         table = task.unpack(read.read(data, "test", notes=notes))
@@ -177,10 +171,21 @@ def evaluate_run(
         RunError: the run is not finished.
         RecipeError: bf16 is asked for, and there are no rows, or the device has none.
     """
+    if data is None:
+        return _own_scores(folder, bf16)
     run = Run(folder, device, bf16)
-    if data is not None:
-        run.predictor.watch = watch
+    run.predictor.watch = watch
     return run.evaluate(data, columns)
+
+
+def _own_scores(folder: Path, bf16: bool) -> dict[str, Any]:
+    if bf16:
+        raise RecipeError(
+            "evaluate: bf16 without rows",
+            expected="rows to score",
+            mend="leave bf16 away for the run's own scores, which are in fp32",
+        )
+    return evaluate.read_evaluation(folder)
 
 
 def _own_metrics(folder: Path) -> str | list[str] | None:

@@ -59,7 +59,7 @@ class Engine:
                 undo.enter_context(self.seam.open())
             lora.speed_up(self.modules, undo, casts)
             if self.draws and torch.is_grad_enabled():
-                undo.enter_context(dropout.Dropout())
+                undo.enter_context(dropout.fast())
             yield
 
     def __str__(self) -> str:

@@ -7,11 +7,13 @@ Their order is another than torch's; they come from the same generator, and a tr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 _STEPS = 2**16
 
@@ -43,19 +45,33 @@ class _Dropout(torch.autograd.Function):
         return (gradient * kept).mul_(ctx.scale), None
 
 
-class Dropout(TorchFunctionMode):
-    """Has torch's dropout draw as above from what is on a CPU, while it is entered, in this thread.
+_torchs, _entered, _lock = functional.dropout, 0, Lock()
 
-    It stands before the function, which layers call as well: BART and its kin have no layers for it.
+
+@contextmanager
+def fast() -> Iterator[None]:
+    """Has torch's dropout draw as above from what is on a CPU, while it is entered, in whatever order others leave it.
+
+    The function is replaced, which layers call as well: BART and its kin have no layers for it. A mode of torch's
+    functions would not do: it is off in backwards, where layers may be computed again.
     """
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_dropout if func is functional.dropout else func)(*args, **(kwargs or {}))
+
+def _count(more: int) -> None:
+    global _entered
+    with _lock:
+        _entered += more
+        functional.dropout = _dropout if _entered else _torchs
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    fast = training and 0 < p < 1 and input.device.type == "cpu" and input.is_floating_point() and not inplace
-    if not fast:
-        return functional.dropout(input, p, training, inplace)
+    draws = training and 0 < p < 1 and input.device.type == "cpu" and input.is_floating_point() and not inplace
+    if not draws:
+        return _torchs(input, p, training, inplace)
     result: torch.Tensor = _Dropout.apply(input, p)  # type: ignore[no-untyped-call]
     return result
