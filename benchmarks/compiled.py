@@ -1,6 +1,6 @@
 """Whether torch.compile pays on this machine: what lies between two calls of attention, as it is and compiled.
 
-    python benchmarks/compiled.py          # measure, append to results/compiled.jsonl and print
+    python benchmarks/compiled.py          # measure what results/compiled.jsonl has not of this machine, and print
     python benchmarks/compiled.py --table  # print the table of what is there
 
 Attention over packed rows is called by groups, and calls are chosen by what a batch's lengths are; so what could be
@@ -22,7 +22,6 @@ import torch
 from record import Record
 from transformers import AutoModel
 
-from hybridtune import environment
 from hybridtune.engine import precision
 from hybridtune.model import locate
 
@@ -39,8 +38,9 @@ def main() -> None:
     if not parser.parse_args().table:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for bf16 in (False, True):
-            if not bf16 or precision.measure(device) >= precision.FASTER:
-                RECORD.add(measure(device, bf16))
+            key = [*precision.machine(device).values(), bf16]
+            if not RECORD.has(key) and (not bf16 or precision.measure(device) >= precision.FASTER):
+                RECORD.add({"key": key, **precision.machine(device), **measure(device, bf16)})
     print(table(RECORD.rows()))
 
 
@@ -58,14 +58,10 @@ def measure(device: torch.device, bf16: bool) -> dict[str, Any]:
         for _ in range(ROUNDS):
             plain, fast = (min(seconds(way, size, device, bf16) for _ in range(TIMES)) for way in (parts, compiled))
             ratios.setdefault(size, []).append(round(plain / fast, 3))
-    found = environment.describe(device)
     return {
         "bf16": bf16,
         "ratios": ratios,
         "compiling": round(compiling, 1),
-        "processor": found["processor"] if found["device"] == "cpu" else found["device"],
-        "threads": found["threads"],
-        "torch": found["torch"],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -106,9 +102,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = (
             f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}]" for found in row["ratios"].values()
         )
+        where = row["processor" if row["device"] == "cpu" else "device"]
         lines.append(
-            f"| {row['processor']}, {row['threads']} threads, torch {row['torch']} | "
-            f"{'bf16' if row['bf16'] else 'fp32'} | {' | '.join(cells)} | {row['compiling']:.0f} |"
+            f"| {where}, {row['threads']} threads, torch {row['torch']} | {'bf16' if row['bf16'] else 'fp32'} | "
+            f"{' | '.join(cells)} | {row['compiling']:.0f} |"
         )
     return "\n".join(lines) + "\n\nCompiled, how many times as fast as it is: median [lowest, highest] of rounds."
 

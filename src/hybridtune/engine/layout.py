@@ -205,8 +205,9 @@ class Layout:
 
 
 def filled(tokens: int) -> int:
-    """To how many places a packed row is filled up: at most a sixteenth more, or to the next
-    multiple of 16, so that lengths have few sizes.
+    """To how many places a packed row is filled up, so that lengths have few sizes.
+
+    They are at most a sixteenth more, or the next multiple of 16.
 
     On a CPU oneDNN makes code for every size of a product in half precision, in milliseconds and some 600 KiB of memory
     each, and keeps up to 1,024 of them.

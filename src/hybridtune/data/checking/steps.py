@@ -37,7 +37,7 @@ def missing(
         rows = splits[split]
         if len(gone) and split != "train":
             raise DataError(
-                f"{rows.place(gone[0])}: the row has no {words.removeprefix('an ').removeprefix('a ')}",
+                f"{rows.place(gone[0])}: the row has no {words.rpartition(' ')[2]}",
                 found=f"{len(gone)} of {len(rows)} rows of {split} without one",
                 expected=f"{words} on every row",
                 mend="label these rows, or take them out of the file",
