@@ -212,7 +212,9 @@ def test_a_row_is_named_by_its_line(run: Path, tmp_path: Path) -> None:
     assert result.stderr == "warning: 1 of 2 rows are empty, their predictions mean nothing: stdin.csv:3\n"
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": null}\n')
     result = CliRunner().invoke(cli.app, ["predict", str(run), "--input", str(tmp_path / "rows.jsonl")])
-    assert result.stderr == f"error: {tmp_path / 'rows.jsonl'}:3: text is missing\n"
+    assert result.stderr == (
+        f"error: {tmp_path / 'rows.jsonl'}:3: text is missing\n  mend:     take the row out, or give it a text\n"
+    )
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
     for words in (["predict", run, "--input"], ["evaluate", run, "--data"]):
         result = CliRunner().invoke(cli.app, [str(word) for word in (*words, tmp_path / "rows.jsonl")])
