@@ -109,6 +109,7 @@ def test_nothing_left() -> None:
         ({"body": ["a"], "label": ["x"]}, r"train\.csv: there is no column text\n.*body, label"),
         ({"text": ["a"], "topic": ["x"]}, r"train\.csv: there is no column label\n.*text, topic"),
         ({"text": [["a", "b"]], "label": ["x"]}, r"train\.csv:1: text is not a text[\s\S]*join the words"),
+        ({"text": [["a"], ["b", "c"]], "label": ["x", "y"]}, r"train\.csv:2: text is not a text[\s\S]*join the words"),
         ({"text": ["a", "b"], "label": [[], ["x"]]}, r"train\.csv:1: the label is a list[\s\S]*multi_label: true"),
         ({"text": ["a"], "label": [{"k": 1}]}, r"train\.csv:1: the label is an object"),
     ],

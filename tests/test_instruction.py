@@ -337,7 +337,7 @@ def test_instruction_with_input_and_named_columns() -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([{"text": "a"}], "there is no column for messages"),
+        ([{"text": "a"}], "there is no column for instruction"),
         ([{"instruction": "a"}], "there is no column for output"),
         ([{"messages": [{"content": "a"}]}], "row 1: a turn has no role"),
         (
@@ -467,6 +467,31 @@ def checked(train: list[Any], **more: list[Any]) -> tuple[dict[str, Dataset], di
     splits = {name: table(*rows) for name, rows in {"train": train, **more}.items()}
     made, findings = check_instruction(splits, sources={name: f"{name}.jsonl" for name in splits})
     return made, {(one.split, one.kind): one for one in findings}
+
+
+def test_check_of_files_with_several_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    forms = {
+        "talks": [{"messages": talk, "id": 1}] * 30,
+        "pairs": [{"instruction": f"d {at}", "output": "e"} for at in range(30)],
+        "halves": [{"instruction": f"f {at}"} for at in range(30)],
+        "others": [{"ask": "g", "reply_": "h"}] * 30,
+    }
+    files = {}
+    for name, rows in forms.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    # each file has what a row needs, in a form of its own; no model is packaged that could count tokens
+    told = api.check(task="instruction", train=[str(files["talks"]), str(files["pairs"])])
+    said = capsys.readouterr().out
+    assert "has no column" not in said and "no model is given: tokens are not counted" in said
+    assert sum(split["rows_read"] for split in told["splits"].values()) == 60 and "lengths" not in told
+    api.check(task="instruction", train=[str(files["pairs"]), str(files["halves"])], validation=forms["pairs"][:3])
+    assert "halves.jsonl: has no column output, as others have" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no column for instruction") as refused:
+        api.check(task="instruction", train=str(files["others"]))
+    assert "or messages, a column of conversations" in str(refused.value)
+    assert "--column instruction=ask" in str(refused.value)
 
 
 def test_turns_are_repaired_where_no_word_is_lost() -> None:

@@ -342,3 +342,25 @@ def test_rows_without_a_target_are_not_held_out(tmp_path: Path) -> None:
     assert sum(split["rows_read"] for split in found["splits"].values()) == 60
     (missing,) = [one for one in found["findings"] if one["kind"] == "missing_label"]
     assert (missing["split"], missing["count"]) == ("train", 15)
+
+
+def test_what_a_model_was_asked_with_is_said() -> None:
+    model, tokenizer = tiny.language_model("t5"), tiny.tokenizer()
+    # as T5's config.json has it
+    fronts = {"en_to_de": "translate English to German: ", "en_to_fr": "translate English to French: "}
+    told = {f"translation_{name}": {"prefix": words} for name, words in fronts.items()}
+    model.config.task_specific_params = {"summarization": {"prefix": "summarize: "}, **told}
+    [(said, level)] = Task().remarks(model, tokenizer)
+    assert (
+        level == "warning"
+        and "template: 'translate English to German: {source}'" in said
+        and "(it knows 2 such)" in said
+    )
+    to_french, names = Task(source_language="en", target_language="fr_FR").remarks(model, tokenizer)
+    assert "template: 'translate English to French: {source}'" in to_french[0]
+    assert names[1] == "info" and "marks no text with its language" in names[0]
+    assert Task(template="translate English to German: {source}").remarks(model, tokenizer) == []
+    [(said, _)] = tasks.load("summarization")().remarks(model, tokenizer)
+    assert "template: 'summarize: {document}'" in said and "such)" not in said
+    model.config.task_specific_params = None  # as a configuration may have it
+    assert Task().remarks(model, tokenizer) == []

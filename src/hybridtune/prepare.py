@@ -142,7 +142,7 @@ def _read(
             )
         _refuse_same_file(recipe, name, source)
         sources[name] = read.describe(source)
-        before = len(notes.rejected)
+        before, notes.columns = len(notes.rejected), {}
         table = task.unpack(read.read(source, name, max_rows=recipe.max_rows, notes=notes))
         if rejected := notes.rejected[before:]:
             first = f"{rejected[0]['source']}:{rejected[0]['line']}: {rejected[0]['problem']}"
@@ -152,7 +152,13 @@ def _read(
         if name == "train":  # other splits have to be like it
             task.look_at([column for column in table.column_names if column != read.ROW])
         required, _ = task.asked([*table.column_names, *hints], labelled=True)
-        columns[name] = read.find_columns(table, name, sources[name], task.columns, hints, required)
+        columns[name] = read.find_columns(
+            table, name, sources[name], task.columns, hints, required, instead=task.instead
+        )
+        for part, there in notes.columns.items():
+            asked, _ = task.asked([*there, *hints], labelled=True)
+            if lacking := [found for one in asked if (found := columns[name].get(one, one)) not in there]:
+                notes.warn(f"{part}: has no column {', '.join(lacking)}, as others have: empty for its rows")
         rows[name] = task.gather(read.rename_columns(table, columns[name], task.columns))
     return rows, sources, columns
 
@@ -225,7 +231,7 @@ def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction:
 def _with_targets(task: Task, rows: Dataset) -> tuple[Dataset, Dataset]:
     """The rows that can be held out, and those without a text to write, which the check drops from train."""
     here = np.ones(len(rows), bool)
-    for name in set(task.required) - set(task.inputs) if task.writes else ():
+    for name in {*task.required, task.target} - set(task.inputs) if task.writes else ():
         here &= np.array([bool(as_text(value).strip()) for value in rows[name][:]], bool)
     if here.all():
         return rows, rows.select(())
@@ -301,6 +307,8 @@ def setting_of(
         console.line(f"  on {start.base.name} already: {there} (the first stage's previous: keep, merge or drop)")
     if loaded.new:
         console.line(f"  new weights, not in the checkpoint: {', '.join(loaded.new)}")
+    for text, level in task.remarks(loaded.model, loaded.tokenizer):
+        console.finding(text, level)
     for name, summary in lengths.items():
         if summary["truncated"]:
             said = f"{name}: {summary['truncated']} rows are longer than {limit} tokens"

@@ -103,7 +103,10 @@ class Run:
         table = task.unpack(read.read(data, "test", notes=notes))
         hints = {**{name: its for name, its in task.hints.items() if its in table.column_names}, **(columns or {})}
         required, _ = task.asked([*table.column_names, *hints], labelled=True)
-        rows = task.gather(read.map_columns(table, "test", source, task.columns, hints, required, in_recipe=False))
+        table = read.map_columns(
+            table, "test", source, task.columns, hints, required, in_recipe=False, instead=task.instead
+        )
+        rows = task.gather(table)
         rows, findings = task.recheck(rows, source)
         scores = evaluate.score(self.predictor, rows, own)
         kept, missed = evaluate.verdicts(task, scores.metrics)

@@ -67,6 +67,7 @@ class Task(ABC):
         keys: of the recipe, that not all tasks have.
         columns: every column that the task can use, with the other names that it commonly has.
         required: those that rows must have.
+        instead: what rows may have in place of these, for messages.
         inputs: those that the model reads.
         target: the column that holds what is to be predicted.
         answer: the key of a prediction that is compared with it.
@@ -86,6 +87,7 @@ class Task(ABC):
     keys: tuple[str, ...] = ()
     columns: ClassVar[dict[str, tuple[str, ...]]]
     required: tuple[str, ...]
+    instead: ClassVar[str] = ""
     inputs: tuple[str, ...]
     target: ClassVar[str]
     answer: ClassVar[str]
@@ -138,6 +140,10 @@ class Task(ABC):
         Raises:
             ModelError: they cannot do it.
         """
+
+    def remarks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        """What a user should know of how this model is asked: words, and whether "info" or "warning"."""
+        return []
 
     @abstractmethod
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:

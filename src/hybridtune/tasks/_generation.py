@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -120,6 +120,20 @@ class WritingTask(tasks.Task):
         prompts = self._prompts(tokenizer)
         prompts.refuse()
         self._config = _writing.set_up(model, tokenizer, self.settings, prompts.end)
+
+    def remarks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        """That the model was made with words in front of such texts, as T5 was, and no template gives them."""
+        told: dict[str, dict[str, Any]] = getattr(model.config, "task_specific_params", None) or {}
+        found = [words for name in self.called(told) if (words := str(told[name].get("prefix") or "").strip())]
+        if self.template or not found:
+            return []
+        others = f" (it knows {len(found)} such)" if len(found) > 1 else ""
+        said = f"the model was made with {found[0]!r} in front of such texts{others}, and no template says so"
+        return [(f"{said}: template: '{found[0]} {{{self.about}}}'", "warning")]
+
+    def called(self, names: Iterable[str]) -> list[str]:
+        """Those of the names in models' configurations that mean this task, the likest first."""
+        return [name for name in names if name == self.name]
 
     def _prompts(self, tokenizer: PreTrainedTokenizerBase) -> Prompts:
         chat = not self.encoder_decoder and bool(tokenizer.chat_template)

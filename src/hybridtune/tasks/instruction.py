@@ -58,6 +58,7 @@ class Task(WritingTask):
         "history": (),
     }
     required: tuple[str, ...] = ("messages",)
+    instead: ClassVar[str] = "messages, a column of conversations"
     inputs: tuple[str, ...] = ("messages",)
     target: ClassVar[str] = "answer"
 
@@ -109,8 +110,8 @@ class Task(WritingTask):
     def asked(self, columns: Sequence[str], labelled: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Conversations, or an instruction and its output."""
         talks = next((name for name in ("messages", "conversations") if self.has(name, columns)), None)
-        if talks or not self.has("instruction", columns):
-            return (talks or "messages",), _RAW
+        if talks:
+            return (talks,), _RAW
         return ("instruction", "output") if labelled else ("instruction",), _RAW
 
     def gather(self, rows: Dataset) -> Dataset:

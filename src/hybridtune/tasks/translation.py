@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -94,6 +94,23 @@ class Task(WritingTask):
         """Tells model and tokenizer the languages, where they have codes of them."""
         super().prepare(model, tokenizer)
         set_languages(model, tokenizer, self.source_language, self.target_language)
+
+    def remarks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        """That languages are given to a model that has no codes of any, too."""
+        from ..vocabulary.grow import codes
+
+        given = [key for key in ("source_language", "target_language") if getattr(self, key)]
+        found = super().remarks(model, tokenizer)
+        if given and not codes(tokenizer):
+            said = f"{' and '.join(given)}: this model marks no text with its language; here they name columns alone"
+            found.append((said, "info"))
+        return found
+
+    def called(self, names: Iterable[str]) -> list[str]:
+        """Such as translation_en_to_de; between these languages first."""
+        source, target = (_names(code)[-1:] for code in (self.source_language, self.target_language))
+        own = "_".join((self.name, *source, "to", *target))
+        return sorted((name for name in names if name.startswith(f"{self.name}_")), key=lambda name: name != own)
 
     def scores(self, texts: Sequence[str], golds: Sequence[Sequence[str]]) -> Stats:
         """What sacrebleu keeps of each row."""

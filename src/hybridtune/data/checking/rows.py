@@ -248,11 +248,14 @@ def _refuse_no_text(data: Dataset, name: str, where: str) -> None:
     if not (is_list(kind) or pa.types.is_struct(kind)):
         return
     values = (value for (batch,) in batches(data, [name]) for value in batch)
-    for number, value in zip(row_numbers(data), values, strict=True):
-        if value is not None:
-            raise DataError(
-                f"{place(where, int(number))}: {name} is not a text",
-                found=repr(value)[:160],
-                expected="a text",
-                mend="join the words of a list with spaces" if isinstance(value, list) else None,
-            )
+    found = [(int(number), value) for number, value in zip(row_numbers(data), values, strict=True) if value is not None]
+    if not found:
+        return
+    # Beside a list, reading makes a text a list of one.
+    number, value = next((one for one in found if not isinstance(one[1], list) or len(one[1]) != 1), found[0])
+    raise DataError(
+        f"{place(where, number)}: {name} is not a text",
+        found=repr(value)[:160],
+        expected="a text",
+        mend="join the words of a list with spaces" if isinstance(value, list) else None,
+    )

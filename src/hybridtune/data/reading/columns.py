@@ -19,6 +19,7 @@ def map_columns(
     hints: dict[str, str],
     required: Collection[str],
     in_recipe: bool = True,
+    instead: str = "",
 ) -> Dataset:
     """Gives the columns their canonical names.
 
@@ -30,6 +31,7 @@ def map_columns(
         hints: canonical name -> the user's column (`data.columns` of the recipe); wins.
         required: canonical names that must be found.
         in_recipe: whether hints stand in a recipe, for messages; else they were given with the call.
+        instead: what there might be in place of the required columns, for messages.
 
     Returns:
         The rows with canonical names. Other columns are kept, but one that stands in the way of a canonical name is
@@ -38,7 +40,7 @@ def map_columns(
     Raises:
         DataError: as `find_columns`.
     """
-    return rename_columns(rows, find_columns(rows, split, source, wanted, hints, required, in_recipe), wanted)
+    return rename_columns(rows, find_columns(rows, split, source, wanted, hints, required, in_recipe, instead), wanted)
 
 
 def rename_columns(rows: Dataset, found: dict[str, str], wanted: Collection[str]) -> Dataset:
@@ -57,9 +59,9 @@ def find_columns(
     hints: dict[str, str],
     required: Collection[str],
     in_recipe: bool = True,
+    instead: str = "",
 ) -> dict[str, str]:
     """Finds the columns of a task, with the arguments of `map_columns`.
-
     Returns:
         Canonical name -> the column that it is.
 
@@ -81,7 +83,8 @@ def find_columns(
             raise DataError(
                 f"{where}: there is no column for {canonical}",
                 found=", ".join(columns),
-                expected=" or ".join(dict.fromkeys((canonical, *wanted.get(canonical, ())))),
+                expected=" or ".join(dict.fromkeys((canonical, *wanted.get(canonical, ()))))
+                + (f"; or {instead}" if instead else ""),
                 mend=_mend(canonical, free[0], in_recipe)
                 if free
                 else f"add a column {canonical}; the first line names the columns",

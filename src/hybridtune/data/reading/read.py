@@ -178,7 +178,7 @@ def _spooled(opened: dict[Part, Any], notes: Notes, folder: Path) -> pa.Table:
                 forms |= mixed.forms
                 notes.rewind(mark)
                 continue
-        _say_lacking(columns, notes)
+        notes.columns = {part.name: names for part, names in columns.items()}
         return without_empty(table, UNNAMED)
 
 
@@ -192,15 +192,6 @@ def _batches_of(part: Part, source: Any, notes: Notes) -> Iterator[Batch]:
         for batch in plain(source, part.name).to_batches():
             yield dict(zip(batch.schema.names, batch.columns, strict=True)), range(number + 1, number + 1 + len(batch))
             number += len(batch)
-
-
-def _say_lacking(columns: dict[Part, set[str]], notes: Notes) -> None:
-    """A column that one of several files lacks is empty there, which is seldom meant."""
-    every = dict.fromkeys(name for names in columns.values() for name in sorted(names))
-    for part, names in columns.items():
-        lacking = [name for name in every if name not in names and name != SOURCE]
-        if lacking:
-            notes.warn(f"{part.name}: has no column {', '.join(lacking[:8])}, as others have: empty for its rows")
 
 
 def _spread(count: int, limit: int) -> np.ndarray:
