@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
@@ -83,12 +83,14 @@ class Prompts:
         Returns:
             For each row its tokens, their number before it was cut, and how many of them are unknown.
         """
-        full = self._tokens(rows)
-        return (
-            [ids if len(ids) <= room else self._shorter(row, room) for row, ids in zip(rows, full, strict=True)],
-            [len(ids) for ids in full],
-            count_unknown(full, self.tokenizer),
-        )
+        found = self._tokens(rows)
+        lengths, unknown = [len(ids) for ids in found], count_unknown(found, self.tokenizer)
+        long = [at for at, length in enumerate(lengths) if length > room]
+        if long:
+            shorter = self._shorter([rows[at] for at in long], [lengths[at] for at in long], room)
+            for at, ids in zip(long, shorter, strict=True):
+                found[at] = ids
+        return found, lengths, unknown
 
     def written(self, texts: Sequence[str], room: int) -> tuple[list[list[int]], list[int], list[int]]:
         """Tokens of what is to be written. It ends with `end`, but for a text that is cut: that does not end there.
@@ -157,21 +159,46 @@ class Prompts:
         # Some tokenizers end every text; what is to be continued has no end.
         return [(ids[:-1] if ids and ids[-1] == self.end else ids) or [self.end] for ids in found]
 
-    def _shorter(self, row: Row, room: int) -> list[int]:
-        """As the tokenizer cuts, where the text stands last; else with the longest beginning of it that fits."""
+    def _shorter(self, rows: Sequence[Row], counts: Sequence[int], room: int) -> list[list[int]]:
+        """As the tokenizer cuts, where the text stands last; else with the longest beginning of it that fits.
+
+        Args:
+            rows: with too many tokens.
+            counts: how many they have.
+            room: how many they may have.
+        """
         if self.encoder_decoder and self.tokenizer.truncation_side == "right" and self._stands_last:
-            words = self.filled(row)
-            cut: list[int] = self.tokenizer(words, truncation=True, max_length=room)["input_ids"]
+            cut: list[list[int]] = self.tokenizer([self.filled(row) for row in rows], truncation=True, max_length=room)[
+                "input_ids"
+            ]
             return cut
-
-        def tokens(characters: int) -> list[int]:
-            return self._tokens([{**row, self.cut: row[self.cut][:characters]}])[0]
-
-        kept = bisect_right(range(len(row[self.cut])), room, key=lambda count: len(tokens(count)))
-        while kept and len(tokens(kept)) > room:  # a few more characters may be fewer tokens
-            kept -= 1
-        return tokens(kept)[-room:]  # a template longer than there is room
+        texts = [row[self.cut] for row in rows]
+        best = self._tokens([{**row, self.cut: ""} for row in rows])
+        fits = [(0, len(ids)) for ids in best]  # characters and their tokens, which are few enough
+        over = [(len(text), many) for text, many in zip(texts, counts, strict=True)]  # and too many
+        for turn in count(1):
+            left = [at for at, (kept, tokens) in enumerate(fits) if tokens < room and over[at][0] - kept > 1]
+            if not left:
+                break
+            # Tokens grow with characters, but for stretches that have none: then halves are surer.
+            guesses = [_between(fits[at], over[at], room if turn % 3 else None) for at in left]
+            tried = self._tokens(
+                [{**rows[at], self.cut: texts[at][:kept]} for at, kept in zip(left, guesses, strict=True)]
+            )
+            for at, kept, ids in zip(left, guesses, tried, strict=True):
+                if len(ids) > room:
+                    over[at] = kept, len(ids)
+                else:
+                    fits[at], best[at] = (kept, len(ids)), ids
+        return [ids[-room:] for ids in best]  # a template longer than there is room
 
     @property
     def _stands_last(self) -> bool:
         return self.template.endswith(f"{{{self.cut}}}") and self.template.count(f"{{{self.cut}}}") == 1
+
+
+def _between(fits: tuple[int, int], over: tuple[int, int], room: int | None) -> int:
+    """A number of characters between two whose tokens are known: where there should be `room` of them, or half way."""
+    (low, few), (high, many) = fits, over
+    share = 0.5 if room is None else (room - few) / (many - few)
+    return min(max(low + int((high - low) * share), low + 1), high - 1)
