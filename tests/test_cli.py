@@ -680,11 +680,20 @@ def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch) -> No
     with shown.watch("texts") as watch:
         watch(1, 7)
         watch(7, 7)
+    shown.begin("around", 5)
+    shown.advance(2)
+    with shown.watch("inside") as watch:
+        watch(4, 9)
+        time.sleep(0.3)  # bars are drawn ten times a second
+    shown.advance(5)
+    shown.finish()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "1/5 goal: [x]" in plain
     assert re.search(r"a strategy with a long name +0\.912 \[0\.880, 0\.938\] +1\.2M", plain)
     assert "3/3" in plain
     assert re.search(r"texts .*7/7", plain)
+    assert re.search(r"around .*2/5.*\n.*inside .*4/9", plain)
+    assert re.search(r"around .*5/5", plain)  # the outer one goes on
 
 
 @pytest.mark.parametrize(

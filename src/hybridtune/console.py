@@ -85,17 +85,26 @@ class Console:
 
     @contextmanager
     def watch(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """Shows a progress bar of work that tells how much is done, of how much."""
+        """Shows a progress bar of work that tells how much is done, of how much; below one that is there already."""
+        around, inside = self._progress, None
 
         def told(done: int, total: int) -> None:
-            if self._progress is None:
-                self.begin(title, total)
-            self.advance(done)
+            nonlocal inside
+            if around is None:
+                if self._progress is None:
+                    self.begin(title, total)
+                self.advance(done)
+                return
+            inside = around.add_task(title, total=total) if inside is None else inside
+            around.update(inside, completed=done)
 
         try:
             yield told
         finally:
-            self.finish()
+            if around is None:
+                self.finish()
+            elif inside is not None:
+                around.remove_task(inside)
 
     def finish(self) -> None:
         """Takes the progress bar away."""

@@ -338,6 +338,7 @@ def setting_of(
         compute_metrics,
         folds=_folds(recipe, task, rows, loaded, limit) if recipe.data.folds else (),
         tokenizer=tokenizer,
+        console=console,
     )
     told |= {"lengths": lengths, **_target_lengths(task, limit, encoded, console)}
     if recipe.data.survey:

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from . import answer, guard
 from . import model as models
 from . import start as starts
+from .console import Console
 from .engine import Caches
 from .engine.precision import Choice
 from .errors import TrainingError, first_line
@@ -60,6 +61,7 @@ class Setting:
         own_metrics, callbacks, compute_metrics: the user's own.
         caches: what frozen layers give the rows.
         tokenizer: whose vocabulary the model gets; None leaves it its own.
+        console: is shown how far the writing of validation rows is.
     """
 
     recipe: Recipe
@@ -77,6 +79,7 @@ class Setting:
     caches: Caches = field(default_factory=Caches)
     folds: Sequence[tuple[Dataset, Dataset, Dataset]] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
+    console: Console = field(default_factory=lambda: Console(quiet=True))
 
     def of_fold(self, fold: int | None) -> Setting:
         """The setting of a trial that was validated on a fold; without folds, this one."""
@@ -292,7 +295,8 @@ def _measure(setting: Setting, tokenizer: PreTrainedTokenizerBase) -> Callable[[
     size = setting.recipe.per_device_eval_batch_size or answer.BATCH
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
-        written = answer.answers(model, task, items, tokenizer, size)
+        with setting.console.watch("writing validation rows") as watch:
+            written = answer.answers(model, task, items, tokenizer, size, watch)
         found = _scores(setting, written, items, rows)
         if setting.compute_metrics is None:
             return found
