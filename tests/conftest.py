@@ -44,7 +44,11 @@ def _no_measurements_of_yesterday(tmp_path_factory: pytest.TempPathFactory) -> I
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> None:
-    """Accelerate collects garbage before every training: the imported libraries' million objects need no look then."""
+    """Accelerate collects garbage before every training: the imported libraries' million objects need no look then.
+
+    Once a file, as many are imported only when they are needed.
+    """
+    gc.collect()
     gc.freeze()
