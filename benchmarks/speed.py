@@ -201,7 +201,6 @@ def peer_model(name: str, method: str, labels: int, attention: str) -> Any:
 
     from hybridtune import methods
     from hybridtune.anatomy import Anatomy
-    from hybridtune.model import locate
 
     model, _ = loaded(name, labels, attention)
     anatomy = Anatomy(model)
@@ -211,12 +210,8 @@ def peer_model(name: str, method: str, labels: int, attention: str) -> Any:
         given = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules=matrices, modules_to_save=head)
         return get_peft_model(model, given)
     if method == "prompt":
-        begins = {
-            "prompt_tuning_init": "SAMPLE_VOCAB",
-            "tokenizer_name_or_path": str(locate(MINILM if name in RANDOM else name)),
-        }
-        given = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20, modules_to_save=head, **begins)
-        return get_peft_model(model, given)
+        begins = {"prompt_tuning_init": "SAMPLE_VOCAB", "modules_to_save": head}
+        return get_peft_model(model, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20, **begins))
     if method in ("adapter", "head"):
         model.requires_grad_(False)
         adapter = methods.load("adapter")
@@ -436,6 +431,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+WHOLE_HEAD_SINCE = "2026-11-27"
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/performance.md."""
     lines = [
@@ -468,6 +466,11 @@ def page(rows: list[dict[str, Any]]) -> str:
             "tokens with the weights of layers (two operations a weight, token and pass; those of attention, heads and",
             "optimizer left out) beside the machine's best product in the type that ours ran in.",
         ]
+        if where["date"] < WHOLE_HEAD_SINCE:
+            lines += [
+                "In these rows PEFT's side of lora, lora-top2 and prompt trained the head's last layer alone, as PEFT",
+                f"does unasked; since {WHOLE_HEAD_SINCE} the script has it train the whole head, as ours does.",
+            ]
     accuracies = [row for row in rows if row["key"][0] == "accuracy"]
     if accuracies:
         lines += [

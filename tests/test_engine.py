@@ -536,6 +536,20 @@ def test_what_can_be_sped_up_is_found_once_and_its_state_looked_at_every_time() 
     assert taken()
 
 
+def test_a_dropout_that_is_anothers_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((2,), 7.0)
+
+    monkeypatch.setattr(nn.functional, "dropout", mine)
+    with dropout.fast(), dropout.fast():
+        assert nn.functional.dropout is not mine
+        assert nn.functional.dropout(torch.ones(2), training=False).tolist() == [7.0, 7.0]  # what is not drawn is its
+    assert nn.functional.dropout is mine
+    with dropout.fast():
+        nn.functional.dropout = torch.dropout  # of somebody who came later
+    assert nn.functional.dropout is torch.dropout
+
+
 def test_lora_with_its_own_dropout_in_training_is_pefts() -> None:
     model, _ = on_model(lora_dropout=0.5)
     no_other_dropout = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p != 0.5]

@@ -224,3 +224,18 @@ def test_a_whole_run(name: str, context: bool, tmp_path: Path) -> None:
     report = (run.folder / "report.html").read_text()
     assert "likest question" in report
     assert ("likest sentence" in report) is context
+
+
+@pytest.mark.parametrize("none", ["", [], None])
+def test_questions_without_an_answer_are_held_out_too(none: Any) -> None:
+    def answers(at: int) -> Any:
+        given = none if at % 3 == 0 else f"c {at}"
+        return ([given] if given else []) if none == [] else given
+
+    train = [{"question": f"a b {at}", "context": f"c {at}", "answers": answers(at)} for at in range(120)]
+    asked = {"task": "generative_question_answering", "data": {"train": train, "survey": False}}
+    told = api.check(asked, console=QUIET)
+    assert {name: of["rows_read"] for name, of in told["splits"].items()} == {"train": 86, "validation": 10, "test": 24}
+    found = {one["split"]: one["count"] for one in told["findings"] if one["kind"] == "no_answer"}
+    assert found["test"] == 8
+    assert sum(found.values()) == 40

@@ -484,10 +484,12 @@ def test_check_of_files_with_several_forms(tmp_path: Path, capsys: pytest.Captur
     # each file has what a row needs, in a form of its own; no model is packaged that could count tokens
     told = api.check(task="instruction", train=[str(files["talks"]), str(files["pairs"])])
     said = capsys.readouterr().out
-    assert "has no column" not in said and "no model is given: tokens are not counted" in said
+    assert "as rows of other files have" not in said and "no model is given: tokens are not counted" in said
     assert sum(split["rows_read"] for split in told["splits"].values()) == 60 and "lengths" not in told
     api.check(task="instruction", train=[str(files["pairs"]), str(files["halves"])], validation=forms["pairs"][:3])
-    assert "halves.jsonl: has no column output, as others have" in capsys.readouterr().out
+    assert (
+        "halves.jsonl: none of its rows has a value for answer, as rows of other files have" in capsys.readouterr().out
+    )
     with pytest.raises(DataError, match="no column for instruction") as refused:
         api.check(task="instruction", train=str(files["others"]))
     assert "or messages, a column of conversations" in str(refused.value)

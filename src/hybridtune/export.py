@@ -104,7 +104,7 @@ def write(folder: Path, stage: Path, kind: Kind | None = None, task: Task | None
         }
         write_json(home / ABOUT, about)
         snippet = _snippet(kind, base, task)
-        write_text(home / "README.md", _readme(kind, base, manifest, snippet, task.reading))
+        write_text(home / "README.md", _readme(kind, base, manifest, snippet, task))
     return kind, snippet
 
 
@@ -255,7 +255,7 @@ def _snippet(kind: Kind, base: Base, task: Task) -> str:
     return f'import hybridtune\n\nrun = hybridtune.load("FOLDER")\nprint(run.predict([{example}]))\n'
 
 
-def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str, reading: str) -> str:
+def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str, task: Task) -> str:
     needs = f"{base.name} (fingerprint {base.fingerprint})"
     says = {
         "checkpoint": "a plain Hugging Face checkpoint; nothing but transformers is needed to load it",
@@ -269,7 +269,8 @@ def _readme(kind: Kind, base: Base, manifest: dict[str, Any], snippet: str, read
     return (
         f"# {base.name}, tuned for {manifest['task']['name']}\n\nThis folder is {says[kind]}.\n\n"
         f"```python\n{snippet}```\n\n"
-        + (f"{reading}\n\n" if reading else "")
-        + f"It was tuned on rows of at most {manifest['max_length']} tokens.\n\n"
+        + (f"{task.reading}\n\n" if task.reading else "")
+        + f"What it was tuned on was {'read in windows of' if task.windowed else 'cut after'} {manifest['max_length']} "
+        + "tokens.\n\n"
         + f"Tuned with hybridtune {__version__}, strategy {manifest['strategy']['name']}:\n\n{stages}\n"
     )

@@ -142,7 +142,7 @@ def _read(
             )
         _refuse_same_file(recipe, name, source)
         sources[name] = read.describe(source)
-        before, notes.columns = len(notes.rejected), {}
+        before = len(notes.rejected)
         table = task.unpack(read.read(source, name, max_rows=recipe.max_rows, notes=notes))
         if rejected := notes.rejected[before:]:
             first = f"{rejected[0]['source']}:{rejected[0]['line']}: {rejected[0]['problem']}"
@@ -155,11 +155,8 @@ def _read(
         columns[name] = read.find_columns(
             table, name, sources[name], task.columns, hints, required, instead=task.instead
         )
-        for part, there in notes.columns.items():
-            asked, _ = task.asked([*there, *hints], labelled=True)
-            if lacking := [found for one in asked if (found := columns[name].get(one, one)) not in there]:
-                notes.warn(f"{part}: has no column {', '.join(lacking)}, as others have: empty for its rows")
         rows[name] = task.gather(read.rename_columns(table, columns[name], task.columns))
+        read.say_empty(rows[name], (*task.required, task.target), notes)
     return rows, sources, columns
 
 
@@ -215,10 +212,11 @@ def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
 
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
-        whole, lacking = _with_targets(task, train)
+        lacking = task.lacking(train)
+        whole, others = (train.select(np.flatnonzero(which)) for which in (~lacking, lacking))
         kinds = task.strata(whole)
         kept, held = split.hold_out(whole, fraction, recipe.all_seeds()[0], **_alike(task, whole, kinds), keep=kinds)
-        return (concatenate_datasets([kept, lacking]) if len(lacking) else kept), held
+        return (concatenate_datasets([kept, others]) if len(others) else kept), held
     except DataError as error:
         problem = error
     try:
@@ -226,16 +224,6 @@ def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction:
     except DataError as known_better:
         problem = known_better
     raise _of_max_rows(recipe, task, source, train, problem)
-
-
-def _with_targets(task: Task, rows: Dataset) -> tuple[Dataset, Dataset]:
-    """The rows that can be held out, and those without a text to write, which the check drops from train."""
-    here = np.ones(len(rows), bool)
-    for name in {*task.required, task.target} - set(task.inputs) if task.writes else ():
-        here &= np.array([bool(as_text(value).strip()) for value in rows[name][:]], bool)
-    if here.all():
-        return rows, rows.select(())
-    return rows.select(np.flatnonzero(here)), rows.select(np.flatnonzero(~here))
 
 
 def _alike(task: Task, rows: Dataset, kinds: Sequence[Sequence[Any]] | None) -> dict[str, Any]:

@@ -107,6 +107,7 @@ class Run:
             table, "test", source, task.columns, hints, required, in_recipe=False, instead=task.instead
         )
         rows = task.gather(table)
+        read.say_empty(rows, (*task.required, task.target), notes)
         rows, findings = task.recheck(rows, source)
         scores = evaluate.score(self.predictor, rows, own)
         kept, missed = evaluate.verdicts(task, scores.metrics)

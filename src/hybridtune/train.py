@@ -1,6 +1,6 @@
 """HybridTrainer: a transformers.Trainer whose train() runs the stages of a strategy.
 
-Every override of Trainer is in this file or, where it is about the gradients of one update, in `update.py`. This is the
+Every override of Trainer is in this file or, where it is about how a batch is computed, in `update.py`. This is the
 only place that sets `requires_grad`, at the start of every stage, from the names that the methods returned.
 """
 
@@ -30,7 +30,6 @@ from .anatomy import Anatomy
 from .checkpoint import Base
 from .compose import Assembly, Composition
 from .engine import Caches
-from .engine.casts import Casts
 from .engine.patch import patch
 from .errors import RecipeError, RunError, TrainingError
 from .files import read_json
@@ -124,7 +123,7 @@ class HybridTrainer(UpdateTrainer):
     ) -> TrainOutput:
         """Runs the stages of the strategy one after the other; without a strategy, trains as Trainer does."""
         if self.strategy is None:
-            self._forget_engine()
+            self._begin_anew()
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         assert self.assembly is not None
         first, begun = self._resume_at(resume_from_checkpoint)
@@ -232,15 +231,11 @@ class HybridTrainer(UpdateTrainer):
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._rest(frozenset())
-        # DataParallel's replicas have weights of their own, and compiled code its own casts
-        if self.accelerator.native_amp and not self._sharded:
-            self._casts = Casts(self.model)
         if self.composition.rotations:
             self.add_callback(Turns(self.composition.rotations, self._asked.seed + number, self._rest))
         self._train_batch_size = self.args.train_batch_size
         self.restored_step = None
-        self._forget_engine()
-        self.compute_loss_func = self._loss_asked
+        self._begin_anew()
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model
         if not self.in_place:
@@ -290,7 +285,7 @@ class HybridTrainer(UpdateTrainer):
 
     @property
     def _kept(self) -> Caches | None:
-        """Nowhere while layers take turns, either."""
+        """Nowhere while layers take turns, either, nor without a strategy: who unfreezes what is not known then."""
         return super()._kept if self.composition and not self.composition.rotations else None
 
     @property

@@ -33,8 +33,9 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         *args: as Trainer takes them.
-        engine: "auto" runs rows without padding, layers below all that is trained once a row, and a language model's
-            head on labelled tokens alone, where the model proves to give the same so; "off" as Trainer does.
+        engine: "auto" runs rows without padding, and a language model's head on labelled tokens alone, where the model
+            proves to give the same so; with a strategy, layers below all that is trained run once a row. "off" does as
+            Trainer does.
         caches: what frozen layers give, kept beyond this training for others on the same data.
         max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time. The batch
             of an update, and its loss, stay what they are.
@@ -57,10 +58,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self.neftune_noise_alpha = None
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch
         self.micro_batch_halvings = 0
-        self._forget_engine()
         self._engine_asked = engine
         self._caches = caches or Caches()
-        self._casts: Casts | None = None  # of frozen weights, where autocast is on
         self._filler: Any = None
         self._update: list[Any] = []  # micro-batches of the update that is being computed
         self._added: list[Any] = []  # those of them whose gradients are there
@@ -73,12 +72,16 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         elif self.compute_loss_func is None and self.label_smoother is None:
             self.compute_loss_func = _exact_loss(self.model) or self._loss_in_chunks()
         self._loss_asked = self.compute_loss_func
+        self._begin_anew()
 
-    def _forget_engine(self) -> None:
-        """Nothing has been tried on the model as it is now."""
+    def _begin_anew(self) -> None:
+        """Nothing has been tried on the model as it is now, with the weights that are trained now."""
         self.engine: Engine | None = None
         self.vocabulary: Vocabulary | None = None
         self._tried_on_data = False
+        self.compute_loss_func = self._loss_asked
+        # Of frozen weights. DataParallel's replicas have weights of their own, and compiled code its own casts.
+        self._casts = Casts(self.model) if self.accelerator.native_amp and not self._sharded else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer's, after engine and loss have been tried."""

@@ -63,10 +63,13 @@ def fast() -> Iterator[None]:
 
 
 def _count(more: int) -> None:
-    global _entered
+    global _entered, _torchs
     with _lock:
+        if not _entered:  # which may be another's by now
+            _torchs, functional.dropout = functional.dropout, _dropout
         _entered += more
-        functional.dropout = _dropout if _entered else _torchs
+        if not _entered and functional.dropout is _dropout:
+            functional.dropout = _torchs
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

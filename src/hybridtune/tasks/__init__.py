@@ -328,6 +328,13 @@ class Task(ABC):
         """
         return (self.required, tuple(self.columns)) if labelled else (self.inputs, self.inputs)
 
+    def lacking(self, rows: Dataset) -> np.ndarray:
+        """Which rows have no target to learn, bool [rows], though the check only leaves them out of train.
+
+        They are not held out either, where their target would be missed.
+        """
+        return np.zeros(len(rows), bool)
+
     def sifted(self, items: Dataset, rows: Dataset, split: str, limit: int) -> tuple[Dataset, list[Finding]]:
         """Items without those of train that nothing can be learnt from, and what should be said of them.
 

@@ -104,11 +104,13 @@ class Chats:
         ids = self.asked(kept)
         while len(ids) > room and (fewer := without_oldest(kept)):
             kept, ids = fewer, self.asked(fewer)
-        while len(ids) > room and kept and kept[-1]["content"]:
-            text = kept[-1]["content"]
-            kept[-1] = {**kept[-1], "content": text[: min(len(text) - 1, len(text) * room // len(ids))]}
-            ids = self.asked(kept)
-        return ids[-room:]
+        if len(ids) <= room or not kept:
+            return ids[-room:]
+
+        def tokens(some: Sequence[int], texts: Sequence[str]) -> list[list[int]]:
+            return [self.asked([*kept[:-1], {**kept[-1], "content": text}]) for text in texts]
+
+        return self.prompts.beginnings([kept[-1]["content"]], room, tokens)[0]
 
     def _filled(self, turns: Sequence[Turn]) -> list[Turn]:
         """The turns with the user's in the template, where one is given beside the tokenizer's."""

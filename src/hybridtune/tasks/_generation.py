@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from .. import tasks
 from ..data.checking import check
-from ..data.checking.rows import texts_of
+from ..data.checking.rows import as_text, texts_of
 from ..errors import RecipeError
 from . import Logits, Stats, _writing
 from ._prompts import Prompts
@@ -66,6 +66,7 @@ class WritingTask(tasks.Task):
         self.encoder_decoder = True  # `prepare` is told by the model
         self._tokenizer: Any = None
         self._config: Any = None  # the model's generation_config
+        self._last = 0  # place that a text can have at most
 
     @classmethod
     def arguments(cls, recipe: Recipe) -> dict[str, Any]:
@@ -120,6 +121,7 @@ class WritingTask(tasks.Task):
         prompts = self._prompts(tokenizer)
         prompts.refuse()
         self._config = _writing.set_up(model, tokenizer, self.settings, prompts.end)
+        self._last = _writing.longest(model, int(self.settings["max_new_tokens"]), 1) - 1
 
     def remarks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
         """That the model was made with words in front of such texts, as T5 was, and no template gives them."""
@@ -244,6 +246,10 @@ class WritingTask(tasks.Task):
             for text, others in zip(texts_of(rows, self.target), more, strict=True)
         ]
 
+    def lacking(self, rows: Dataset) -> np.ndarray:
+        """Those whose text to be written is empty."""
+        return np.array([not as_text(value).strip() for value in rows[self.target][:]], bool)
+
     def row_stats(self, logits: Logits, items: Dataset, rows: Dataset) -> Stats:
         """What the scores are computed from, and how the texts look."""
         return {**self.stats(self.texts(logits), rows), "cut": np.array(list(map(self._is_cut, logits)))}
@@ -252,7 +258,7 @@ class WritingTask(tasks.Task):
         """Whether a text does not end by itself; BART and its kin have an end forced into the last place."""
         ends = np.flatnonzero(np.isin(ids, list(self._ends)))
         forced = self._config.forced_eos_token_id is not None
-        return not len(ends) or bool(forced and ends[0] == int(self.settings["max_new_tokens"]) - 1)
+        return not len(ends) or bool(forced and ends[0] == self._last)
 
     def stats(self, texts: Sequence[str], rows: Dataset) -> Stats:
         """The same of texts that no model has written."""

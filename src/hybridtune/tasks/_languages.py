@@ -23,7 +23,7 @@ def set_languages(
     """
     from ..vocabulary.grow import codes
 
-    if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
+    if not _marks(tokenizer):
         return
     known = codes(tokenizer)
     for key, code in (("target_language", target), ("source_language", source)):
@@ -43,6 +43,18 @@ def set_languages(
     elif ids[-1] == code_id:
         settings.decoder_start_token_id = model.config.decoder_start_token_id = code_id
         settings.forced_bos_token_id = None
+
+
+def untold(tokenizer: PreTrainedTokenizerBase, given: dict[str, str | None]) -> list[tuple[str, str]]:
+    """The remark that a model is not told the languages that are given, where it has no codes of any."""
+    keys = [key for key, code in given.items() if code]
+    if not keys or _marks(tokenizer):
+        return []
+    return [(f"{' and '.join(keys)}: this model marks no text with its language, so that it is not told", "info")]
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")
 
 
 def _id_of(tokenizer: PreTrainedTokenizerBase, code: str) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
@@ -83,14 +82,11 @@ class Prompts:
         Returns:
             For each row its tokens, their number before it was cut, and how many of them are unknown.
         """
-        found = self._tokens(rows)
-        lengths, unknown = [len(ids) for ids in found], count_unknown(found, self.tokenizer)
-        long = [at for at, length in enumerate(lengths) if length > room]
-        if long:
-            shorter = self._shorter([rows[at] for at in long], [lengths[at] for at in long], room)
-            for at, ids in zip(long, shorter, strict=True):
-                found[at] = ids
-        return found, lengths, unknown
+        return self._fitted(self._tokens(rows), room, lambda long: self._shorter([rows[at] for at in long], room))
+
+    def length(self, row: Row) -> int:
+        """How many tokens are said."""
+        return len(self._tokens([row])[0])
 
     def written(self, texts: Sequence[str], room: int) -> tuple[list[list[int]], list[int], list[int]]:
         """Tokens of what is to be written. It ends with `end`, but for a text that is cut: that does not end there.
@@ -98,13 +94,21 @@ class Prompts:
         Returns:
             For each text its tokens, their number before it was cut, and how many of them are unknown.
         """
-        found = self.whole(texts)
         end = self.end
+
+        def cut(long: Sequence[int]) -> list[list[int]]:
+            found = self._plain([texts[at] for at in long], room)
+            return [ids[:-1] if ids[-1] == end else ids for ids in found]
+
+        return self._fitted(self.whole(texts), room, cut)
+
+    def _fitted(
+        self, found: list[list[int]], room: int, shorter: Callable[[Sequence[int]], list[list[int]]]
+    ) -> tuple[list[list[int]], list[int], list[int]]:
         lengths, unknown = [len(ids) for ids in found], count_unknown(found, self.tokenizer)
         long = [at for at, length in enumerate(lengths) if length > room]
-        if long:
-            for at, ids in zip(long, self._plain([texts[at] for at in long], room), strict=True):
-                found[at] = ids[:-1] if ids[-1] == end else ids
+        for at, ids in zip(long, shorter(long) if long else [], strict=True):
+            found[at] = ids
         return found, lengths, unknown
 
     def whole(self, texts: Sequence[str]) -> list[list[int]]:
@@ -159,46 +163,54 @@ class Prompts:
         # Some tokenizers end every text; what is to be continued has no end.
         return [(ids[:-1] if ids and ids[-1] == self.end else ids) or [self.end] for ids in found]
 
-    def _shorter(self, rows: Sequence[Row], counts: Sequence[int], room: int) -> list[list[int]]:
-        """As the tokenizer cuts, where the text stands last; else with the longest beginning of it that fits.
+    def _shorter(self, rows: Sequence[Row], room: int) -> list[list[int]]:
+        """As the tokenizer cuts, where the text stands last; else as `beginnings`."""
+        if self.encoder_decoder and self.tokenizer.truncation_side == "right" and self._stands_last:
+            words = [self.filled(row) for row in rows]
+            cut: list[list[int]] = self.tokenizer(words, truncation=True, max_length=room)["input_ids"]
+            return cut
+
+        def tokens(some: Sequence[int], texts: Sequence[str]) -> list[list[int]]:
+            return self._tokens([{**rows[at], self.cut: text} for at, text in zip(some, texts, strict=True)])
+
+        return self.beginnings([row[self.cut] for row in rows], room, tokens)
+
+    def beginnings(
+        self, texts: Sequence[str], room: int, tokens: Callable[[Sequence[int], Sequence[str]], list[list[int]]]
+    ) -> list[list[int]]:
+        """What stands around texts, with as much of their beginnings as fits, cut where one of their tokens ends.
 
         Args:
-            rows: with too many tokens.
-            counts: how many they have.
-            room: how many they may have.
+            texts: too long ones.
+            room: how many tokens may be.
+            tokens: of some of the texts, told by their numbers, those of them and of what stands around, for other
+                texts in their places.
         """
-        if self.encoder_decoder and self.tokenizer.truncation_side == "right" and self._stands_last:
-            cut: list[list[int]] = self.tokenizer([self.filled(row) for row in rows], truncation=True, max_length=room)[
-                "input_ids"
-            ]
-            return cut
-        texts = [row[self.cut] for row in rows]
-        best = self._tokens([{**row, self.cut: ""} for row in rows])
-        fits = [(0, len(ids)) for ids in best]  # characters and their tokens, which are few enough
-        over = [(len(text), many) for text, many in zip(texts, counts, strict=True)]  # and too many
-        for turn in count(1):
-            left = [at for at, (kept, tokens) in enumerate(fits) if tokens < room and over[at][0] - kept > 1]
-            if not left:
-                break
-            # Tokens grow with characters, but for stretches that have none: then halves are surer.
-            guesses = [_between(fits[at], over[at], room if turn % 3 else None) for at in left]
-            tried = self._tokens(
-                [{**rows[at], self.cut: texts[at][:kept]} for at, kept in zip(left, guesses, strict=True)]
-            )
-            for at, kept, ids in zip(left, guesses, tried, strict=True):
+        places = self._places(texts)
+        best = tokens(range(len(texts)), [""] * len(texts))
+        fits = [0] * len(texts)  # how many places are left, few enough
+        over = list(map(len, places))  # and too many
+        guesses = {at: room - len(ids) for at, ids in enumerate(best)}
+        while guesses := {
+            at: guess for at, guess in guesses.items() if over[at] - fits[at] > 1 and len(best[at]) < room
+        }:
+            tried = {at: min(max(guess, fits[at] + 1), over[at] - 1) for at, guess in guesses.items()}
+            cut = [texts[at][: places[at][count - 1]] for at, count in tried.items()]
+            for (at, count), ids in zip(tried.items(), tokens(list(tried), cut), strict=True):
                 if len(ids) > room:
-                    over[at] = kept, len(ids)
+                    over[at] = count
                 else:
-                    fits[at], best[at] = (kept, len(ids)), ids
-        return [ids[-room:] for ids in best]  # a template longer than there is room
+                    fits[at], best[at] = count, ids
+                guesses[at] = count + room - len(ids)
+        return [ids[-room:] for ids in best]  # what stands around may be too long itself
+
+    def _places(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Where the tokens of texts end, in characters; every character, where the tokenizer does not tell."""
+        if not self.tokenizer.is_fast:
+            return [range(1, len(text) + 1) for text in texts]
+        found = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [sorted({end for _, end in offsets if end}) for offsets in found["offset_mapping"]]
 
     @property
     def _stands_last(self) -> bool:
         return self.template.endswith(f"{{{self.cut}}}") and self.template.count(f"{{{self.cut}}}") == 1
-
-
-def _between(fits: tuple[int, int], over: tuple[int, int], room: int | None) -> int:
-    """A number of characters between two whose tokens are known: where there should be `room` of them, or half way."""
-    (low, few), (high, many) = fits, over
-    share = 0.5 if room is None else (room - few) / (many - few)
-    return min(max(low + int((high - low) * share), low + 1), high - 1)

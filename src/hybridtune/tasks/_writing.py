@@ -89,12 +89,16 @@ def write(model: PreTrainedModel, batch: dict[str, torch.Tensor], most: int) -> 
         batch: padded on the right.
         most: tokens.
     """
-    beside, given = model.config.is_encoder_decoder, batch["input_ids"].shape[1]
+    given = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    batch = batch if model.config.is_encoder_decoder else padded_on_the_left(batch)
+    written: torch.Tensor = model.generate(**batch, max_new_tokens=longest(model, most, given))  # type: ignore[operator]
+    return written[:, given:]
+
+
+def longest(model: PreTrainedModel, most: int, given: int) -> int:
+    """How many of `most` tokens a model has positions for, behind those that are there already."""
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    room = int(positions or 10**9) - (1 if beside else given)
-    batch = batch if beside else padded_on_the_left(batch)
-    written: torch.Tensor = model.generate(**batch, max_new_tokens=min(most, max(room, 1)))  # type: ignore[operator]
-    return written[:, 1 if beside else given :]
+    return min(most, max(int(positions or 10**9) - given, 1))
 
 
 def refuse_encoders(model: PreTrainedModel) -> None:

@@ -84,6 +84,10 @@ class Task(WritingTask):
         )
         return splits["test"], findings
 
+    def lacking(self, rows: Dataset) -> np.ndarray:
+        """None: a question may be one that has no answer."""
+        return np.zeros(len(rows), bool)
+
     def golds(self, rows: Dataset) -> list[list[str]]:
         """The right answers; where there is none, no word is right."""
         return [golds or [""] for golds in _squad.golds_of(rows)]

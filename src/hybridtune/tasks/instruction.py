@@ -21,7 +21,7 @@ from ..errors import DataError, ModelError, RecipeError
 from . import Baseline, Stats, _rouge, _squad, baselines, metrics
 from ._chats import IGNORED, Chats, Item
 from ._generation import WritingTask
-from ._prompts import Prompts
+from ._prompts import Prompts, Row
 from ._texts import count_unknown
 from .metrics import Interval
 
@@ -245,15 +245,16 @@ class Task(WritingTask):
     ) -> Dataset:
         """Of an encoder-decoder: what goes before the last answer is read, and the answer is written."""
         prompts = self._prompts(tokenizer)
-        given, lengths, unknown = [], [], []
-        for one in turns:
-            (ids,), (length,), (strange,) = prompts.said([{self.placed(): as_one_text(one)}], limit)
-            found, kept = length, one
-            while length > limit and (kept := without_oldest(kept)):
-                (ids,), (length,), _ = prompts.said([{self.placed(): as_one_text(kept)}], limit)
-            given.append(ids)
-            lengths.append(found)
-            unknown.append(strange)
+        rows: list[Row] = []
+        lengths = []
+        for kept in turns:
+            rows.append({self.placed(): as_one_text(kept)})
+            lengths.append(prompts.length(rows[-1]))
+            length = lengths[-1]
+            while length > limit and (fewer := without_oldest(kept)):
+                kept, rows[-1] = fewer, {self.placed(): as_one_text(fewer)}
+                length = prompts.length(rows[-1])
+        given, _, unknown = prompts.said(rows, limit)
         columns: dict[str, Any] = {"input_ids": given, "length": lengths, "unknown": unknown}
         if answers is not None:
             written, own, _ = prompts.written(answers, limit)

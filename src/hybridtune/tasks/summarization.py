@@ -11,7 +11,7 @@ from datasets import Dataset
 from ..data.checking import check
 from . import Baseline, Stats, _rouge
 from ._generation import WritingTask
-from ._languages import set_languages
+from ._languages import set_languages, untold
 from ._texts import NO_SPACES, sentences
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Task(WritingTask):
         """Tells model and tokenizer the language, where they have codes of languages."""
         super().prepare(model, tokenizer)
         set_languages(model, tokenizer, self.target_language, self.target_language)
+
+    def remarks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        """That a model is not told the language, too."""
+        return [*super().remarks(model, tokenizer), *untold(tokenizer, {"target_language": self.target_language})]
 
     def check(
         self, splits: dict[str, Dataset], sources: dict[str, str]

@@ -13,7 +13,7 @@ from ..data.bars import no_bars
 from ..data.checking import check
 from . import Baseline, Stats, _bleu
 from ._generation import WritingTask
-from ._languages import set_languages
+from ._languages import set_languages, untold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,15 +96,9 @@ class Task(WritingTask):
         set_languages(model, tokenizer, self.source_language, self.target_language)
 
     def remarks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-        """That languages are given to a model that has no codes of any, too."""
-        from ..vocabulary.grow import codes
-
-        given = [key for key in ("source_language", "target_language") if getattr(self, key)]
-        found = super().remarks(model, tokenizer)
-        if given and not codes(tokenizer):
-            said = f"{' and '.join(given)}: this model marks no text with its language; here they name columns alone"
-            found.append((said, "info"))
-        return found
+        """That a model is not told the languages, too."""
+        given = {"source_language": self.source_language, "target_language": self.target_language}
+        return [*super().remarks(model, tokenizer), *untold(tokenizer, given)]
 
     def called(self, names: Iterable[str]) -> list[str]:
         """Such as translation_en_to_de; between these languages first."""

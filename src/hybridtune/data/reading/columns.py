@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from ...errors import DataError, nearest, unknown
 from .files import READ_AS
-from .tables import ROW
+from .notes import Notes
+from .tables import ROW, SOURCE
 
 
 def map_columns(
@@ -90,6 +91,26 @@ def find_columns(
                 else f"add a column {canonical}; the first line names the columns",
             )
     return {canonical: found[canonical] for canonical in wanted if canonical in found}
+
+
+def say_empty(rows: Dataset, names: Collection[str], notes: Notes) -> None:
+    """Says where a column that rows of some files have is empty in all of another file, which is seldom meant.
+
+    Args:
+        rows: with canonical names.
+        names: of the columns that rows ought to have.
+        notes: is told.
+    """
+    names = [name for name in dict.fromkeys(names) if name in rows.column_names]
+    if SOURCE not in rows.column_names or not names:
+        return
+    counts = rows.select_columns([SOURCE, *names]).with_format("arrow")[:].group_by(SOURCE, use_threads=False)
+    files = counts.aggregate([(name, "count") for name in names]).to_pylist()
+    for name in names:
+        empty = [file[SOURCE] for file in files if not file[f"{name}_count"]]
+        if len(empty) < len(files):
+            for file in empty:
+                notes.warn(f"{file}: none of its rows has a value for {name}, as rows of other files have")
 
 
 def _hinted(

@@ -23,7 +23,6 @@ class Notes:
         kept_in: the file that `rejected` goes into, or None where none is written.
         rejected: such rows, each `{"source", "line", "problem", "text"}`.
         warnings: what a person has to know, a sentence each.
-        columns: of each of the places that were read last, the columns that it has.
     """
 
     on_bad_row: OnBadRow = "refuse"
@@ -31,7 +30,6 @@ class Notes:
     kept_in: str | None = None
     rejected: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    columns: dict[str, set[str]] = field(default_factory=dict)
 
     def warn(self, text: str) -> None:
         """Adds a warning, once."""

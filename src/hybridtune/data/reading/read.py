@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict
 
 from ...errors import DataError, first_line
 from . import sources
-from .columns import find_columns, map_columns, rename_columns
+from .columns import find_columns, map_columns, rename_columns, say_empty
 from .delimited import long_cells
 from .encoding import look
 from .files import READ_AS, SUFFIXES, TEXT_SUFFIXES, File
@@ -47,6 +47,7 @@ __all__ = [
     "places",
     "read",
     "rename_columns",
+    "say_empty",
     "weigh",
 ]
 
@@ -165,11 +166,9 @@ def _spooled(opened: dict[Part, Any], notes: Notes, folder: Path) -> pa.Table:
     while True:
         with tempfile.TemporaryDirectory(dir=folder) as inside, long_cells():
             spool = Spool(Path(inside), forms)
-            columns: dict[Part, set[str]] = {}
             try:
                 for part, source in opened.items():
                     for names, numbers in _batches_of(part, source, notes):
-                        columns.setdefault(part, set()).update(names)
                         several = len(opened) > 1 and SOURCE not in names
                         told = {SOURCE: pa.repeat(part.name, len(numbers))} if several else {}
                         spool.add(({**names, **told}, numbers))
@@ -178,7 +177,6 @@ def _spooled(opened: dict[Part, Any], notes: Notes, folder: Path) -> pa.Table:
                 forms |= mixed.forms
                 notes.rewind(mark)
                 continue
-        notes.columns = {part.name: names for part, names in columns.items()}
         return without_empty(table, UNNAMED)
 
 
