@@ -1,7 +1,7 @@
 # Every target makes or reuses .venv and installs what it needs. Needs Python 3.11 or newer, and make.
 PYTHON ?= python3
 BIN := .venv/bin
-# The models of the tests are tiny: one thread each and two tests at a time are faster than two threads for one.
+# The models of the tests are tiny: one thread each and two files at a time are faster than two threads for one.
 JOBS ?= 2
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 INPUTS := pyproject.toml constraints.txt
@@ -32,7 +32,7 @@ demo: .venv/demo
 	$(BIN)/hybridtune demo --overwrite
 
 test: .venv/dev
-	$(RUN) $(BIN)/python -m pytest -n $(JOBS)
+	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 support: .venv/dev
 	$(RUN) $(BIN)/python tests/support.py

@@ -44,6 +44,14 @@ def _no_measurements_of_yesterday(tmp_path_factory: pytest.TempPathFactory) -> I
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_disks() -> Iterator[None]:
+    """No test takes the power away: what is written need not have come to the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> None:
     """Accelerate collects garbage before every training: the imported libraries' million objects need no look then.

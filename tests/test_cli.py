@@ -583,7 +583,15 @@ def test_failures_that_are_nobodys_mistake(call: Callable[..., Any], monkeypatch
 def start(home: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hybridtune.cli", *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=home, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=home,
+        env=ENVIRONMENT,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells turn off in the background
+    )
 
 
 def test_the_real_command_is_calm_where_nobody_looks(home: Path) -> None:

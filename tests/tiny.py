@@ -115,7 +115,8 @@ def headed(name: str, head: str, seed: int = 0) -> hf.PreTrainedModel:
 
 def _writer(name: str, seed: int, **config: object) -> hf.PreTrainedModel:
     if name == "marian":  # which has no classifier, and BART's sizes
-        built = hf.MarianConfig(**classifier("bart").config.to_diff_dict() | {"model_type": "marian"} | config)
+        own = {"model_type": "marian", "max_position_embeddings": 128}  # which it computes slowly
+        built = hf.MarianConfig(**classifier("bart").config.to_diff_dict() | own | config)
     else:
         built = classifier(name, seed, **config).config
     torch.manual_seed(seed)
