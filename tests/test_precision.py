@@ -512,7 +512,7 @@ def test_a_training_gives_what_plain_autocast_gives(
     trainer, plain = (build(rules, name=name, engine=engine) for _ in range(2))
     before = weights(trainer)
     found = losses(trainer)
-    monkeypatch.setattr("hybridtune.train.Casts", lambda model: None)
+    monkeypatch.setattr("hybridtune.update.Casts", lambda model: None)
     assert found == losses(plain)
     after, expected = weights(trainer), weights(plain)
     assert all(torch.equal(after[key], expected[key]) for key in expected)
@@ -591,12 +591,12 @@ def test_a_merge_is_into_the_original(build: Callable[..., HybridTrainer]) -> No
 def test_layers_that_take_turns(build: Callable[..., HybridTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [{"part": "layers", "method": "full", "active": {"layers": 1, "every": 1, "order": "cycle"}}, LORA[1]]
     found = losses(build(rules))
-    monkeypatch.setattr("hybridtune.train.Casts", lambda model: None)
+    monkeypatch.setattr("hybridtune.update.Casts", lambda model: None)
     assert found == losses(build(rules))
 
 
 def test_without_bf16_there_are_none(build: Callable[..., HybridTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybridtune.train.Casts", pytest.fail)
+    monkeypatch.setattr("hybridtune.update.Casts", pytest.fail)
     build(LORA, bf16=False).train()
 
 
