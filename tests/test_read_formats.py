@@ -189,10 +189,11 @@ def test_several_files_are_told_apart(tmp_path: Path) -> None:
     assert plain(rows) == [{**row, "id": None} for row in GOOD] + [{"text": "x", "label": "1", "id": 7}]
     place = read.places(rows, "whatever")
     assert [place(at) for at in range(3)] == [f"{one}:2", f"{one}:3", f"{two}:2"]
-    read.say_empty(rows, ["text", "label"], notes)
+    read.say_empty(rows, ["text", "label"], rows, notes)
     assert notes.warnings == []
-    read.say_empty(rows, ["text", "id", "whatever"], notes)
-    assert notes.warnings == [f"{one}: none of its rows has a value for id, as rows of other files have"]
+    read.say_empty(rows, ["text", "id", "whatever"], rows, notes)
+    said = f"{one}: none of its rows has a value for id, as rows of other files have; its columns: text, label"
+    assert notes.warnings == [said]
     assert read.describe([one, {"path": two, "weight": 2}]) == f"{one}, {two} (weight 2)"
     assert len(read.read([one, two], "train", max_rows=2)) == 2
 

@@ -549,6 +549,25 @@ class TestBest:
         loaded = checkpoint.load(trainer.stage_folders[1])[0].model
         assert torch.equal(logits_of(loaded), logits_of(trainer.model))
 
+    def test_of_equal_scores_the_lower_loss_is_kept(self, build: Build) -> None:
+        script = Script([0.5, 0.5, 0.5, 0.5])
+        rules = [{**HEAD, "learning_rate": 0.5}]
+        trainer = build(
+            [{"rules": rules, "num_train_epochs": 4, "eval_strategy": "epoch", "load_best_model_at_end": True}],
+            compute_metrics=script,
+            callbacks=[script.callback],
+            eval_dataset=tiny.rows(8, seed=1),
+            arguments=BEST,
+        )
+        trainer.train()
+        metrics = json.loads((trainer.stage_folders[0] / "metrics.json").read_text())
+        losses = [point["loss"] for point in metrics["evaluations"]]
+        best = losses.index(min(losses))
+        assert best > 0  # else Trainer's own would do
+        assert metrics["best_step"] == metrics["evaluations"][best]["step"]
+        assert metrics["best_metric"] == 0.5
+        assert same(weights_of(trainer.model), script.weights[0][best])
+
     def test_a_callback_of_the_users_stays(self, build: Build) -> None:
         """Of the same class as the stage's own."""
         own, script = hf.EarlyStoppingCallback(5), Script([0.5, 0.4, 0.3, 0.2])

@@ -156,7 +156,7 @@ def _read(
             table, name, sources[name], task.columns, hints, required, instead=task.instead
         )
         rows[name] = task.gather(read.rename_columns(table, columns[name], task.columns))
-        read.say_empty(rows[name], (*task.required, task.target), notes)
+        read.say_empty(rows[name], (*task.required, task.target), table, notes)
     return rows, sources, columns
 
 
@@ -471,7 +471,7 @@ def _target_lengths(task: Task, limit: int, encoded: dict[str, Dataset], console
         if summary["truncated"]:
             console.warn(
                 f"{name}: {summary['truncated']} targets are longer than {most} tokens, the longest {summary['max']}: "
-                "the model learns no more of them, and writes no more; raise max_new_tokens where it should"
+                f"the model learns no more of them, and writes no more; {task.target_mend(limit)}"
             )
         if summary["unknown_share"] > MANY_UNKNOWN:
             console.warn(

@@ -15,6 +15,7 @@ from datasets import Dataset
 from . import evaluate, export, predict
 from .answer import Watch
 from .data.reading import read
+from .data.reading.sources import same_files
 from .errors import HybridtuneError, RecipeError, RunError, first_line, unknown
 from .files import read_json
 from .own_metrics import OwnMetrics
@@ -103,11 +104,13 @@ class Run:
         table = task.unpack(read.read(data, "test", notes=notes))
         hints = {**{name: its for name, its in task.hints.items() if its in table.column_names}, **(columns or {})}
         required, _ = task.asked([*table.column_names, *hints], labelled=True)
-        table = read.map_columns(
+        named = read.map_columns(
             table, "test", source, task.columns, hints, required, in_recipe=False, instead=task.instead
         )
-        rows = task.gather(table)
-        read.say_empty(rows, (*task.required, task.target), notes)
+        rows = task.gather(named)
+        read.say_empty(rows, (*task.required, task.target), table, notes)
+        if seen := same_files((_recipe(self.folder).get("data") or {}).get("train"), data):
+            notes.warn(f"the model was tuned on rows of {', '.join(seen)}: these scores say nothing of new rows")
         rows, findings = task.recheck(rows, source)
         scores = evaluate.score(self.predictor, rows, own)
         kept, missed = evaluate.verdicts(task, scores.metrics)
@@ -194,9 +197,14 @@ def _own_scores(folder: Path, bf16: bool) -> dict[str, Any]:
 
 def _own_metrics(folder: Path) -> str | list[str] | None:
     """The files of the user's own metrics that a run was tuned with; its `model/` may be given too."""
+    return _recipe(folder).get("metrics")
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """What a run was asked for; nothing, of a model that was handed over."""
     homes = [folder, *([folder.parent] if folder.name == "model" else [])]
     recipe = next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
-    return read_recipe(recipe).get("metrics") if recipe else None
+    return read_recipe(recipe) if recipe else {}
 
 
 def export_run(folder: Path, output: Path, kind: str | None = None) -> dict[str, Any]:

@@ -313,6 +313,25 @@ class HybridTrainer(UpdateTrainer):
             output.metrics.update({f"eval_{key}": value for key, value in measured.items()})
         return output
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's; of a stage's checkpoints with the same score, as many have on few rows, the one of lower loss."""
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        score = self.args.metric_for_best_model
+        if self.in_place or score is None or not self.state.best_global_step:
+            return False
+        key = score if score.startswith("eval_") else f"eval_{score}"
+        logged = [
+            one for one in self.state.log_history if one.get("step") == self.state.best_global_step and key in one
+        ]
+        if not logged or metrics[key] != logged[-1][key]:
+            return False
+        loss, known = metrics.get("eval_loss"), logged[-1].get("eval_loss")
+        if loss is None or known is None or not loss < known:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, before the weights change by it; looks once an update whether it and the loss are numbers.
 

@@ -328,6 +328,10 @@ class Task(ABC):
         """
         return (self.required, tuple(self.columns)) if labelled else (self.inputs, self.inputs)
 
+    def target_mend(self, limit: int) -> str:
+        """What has a model learn more of a long target than `target_limit`."""
+        return ""
+
     def lacking(self, rows: Dataset) -> np.ndarray:
         """Which rows have no target to learn, bool [rows], though the check only leaves them out of train.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -29,7 +29,7 @@ IGNORED = -100
 GENERATE_ON = 200  # rows: a text takes a forward a token, and all validation rows often more than an epoch does
 SHOWN = 10
 EXAMPLE = 300  # characters
-REPEATED = 4  # times that three words stand in a text which repeats itself
+REPEATED = 4  # times that three words stand in a text which repeats itself, or one behind the other
 
 
 class WritingTask(tasks.Task):
@@ -153,6 +153,16 @@ class WritingTask(tasks.Task):
     def target_limit(self, limit: int) -> int | None:
         """As many as the model may write, but of a decoder's text no more than half."""
         return self._longest(limit)
+
+    def target_mend(self, limit: int) -> str:
+        """`max_new_tokens`, or the tokens that there are at all."""
+        if self._longest(limit) == int(self.settings["max_new_tokens"]):
+            return "raise max_new_tokens where it should"
+        if self.encoder_decoder:
+            return f"raise max_length, which is {limit}, where it should"
+        return (
+            f"half of the {limit} tokens of max_length are kept for them: raise that, as far as the model has positions"
+        )
 
     def _longest(self, limit: int) -> int:
         return min(int(self.settings["max_new_tokens"]), limit if self.encoder_decoder else limit // 2)
@@ -356,10 +366,11 @@ class WritingTask(tasks.Task):
 
 
 def _repeats(text: str) -> bool:
-    """Whether three words stand in it again and again."""
+    """Whether three words stand in it again and again, or one behind itself."""
     words = [text[slice(*place)] for place in word_places(text)]
     runs = Counter(zip(words, words[1:], words[2:], strict=False))
-    return max(runs.values(), default=0) >= REPEATED
+    longest = max((len(list(same)) for _, same in groupby(words)), default=0)
+    return max(longest, *runs.values(), 0) >= REPEATED
 
 
 def _copied(text: str, source: str) -> float:

@@ -93,24 +93,33 @@ def find_columns(
     return {canonical: found[canonical] for canonical in wanted if canonical in found}
 
 
-def say_empty(rows: Dataset, names: Collection[str], notes: Notes) -> None:
+def say_empty(rows: Dataset, names: Collection[str], came: Dataset, notes: Notes) -> None:
     """Says where a column that rows of some files have is empty in all of another file, which is seldom meant.
 
     Args:
         rows: with canonical names.
         names: of the columns that rows ought to have.
+        came: the same rows with the columns that they came with.
         notes: is told.
     """
     names = [name for name in dict.fromkeys(names) if name in rows.column_names]
     if SOURCE not in rows.column_names or not names:
         return
-    counts = rows.select_columns([SOURCE, *names]).with_format("arrow")[:].group_by(SOURCE, use_threads=False)
-    files = counts.aggregate([(name, "count") for name in names]).to_pylist()
+    filled = _filled(rows, names)
     for name in names:
-        empty = [file[SOURCE] for file in files if not file[f"{name}_count"]]
-        if len(empty) < len(files):
+        empty = [file for file, has in filled.items() if name not in has]
+        if len(empty) < len(filled):
+            theirs = _filled(came, [one for one in came.column_names if one not in (ROW, SOURCE)])
             for file in empty:
-                notes.warn(f"{file}: none of its rows has a value for {name}, as rows of other files have")
+                said = f"{file}: none of its rows has a value for {name}, as rows of other files have"
+                notes.warn(f"{said}; its columns: {', '.join(theirs[file])}")
+
+
+def _filled(rows: Dataset, names: Collection[str]) -> dict[str, list[str]]:
+    """Of every file the columns in which any of its rows has a value."""
+    groups = rows.select_columns([SOURCE, *names]).with_format("arrow")[:].group_by(SOURCE, use_threads=False)
+    counts = groups.aggregate([(name, "count") for name in names]).to_pylist()
+    return {of[SOURCE]: [name for name in names if of[f"{name}_count"]] for of in counts}
 
 
 def _hinted(
