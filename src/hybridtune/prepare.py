@@ -213,7 +213,8 @@ def _say_labels(labels: list[dict[str, Any]], console: Console) -> None:
 def _hold_out(recipe: Recipe, task: Task, train: Dataset, source: str, fraction: float) -> tuple[Dataset, Dataset]:
     try:
         lacking = task.lacking(train)
-        whole, others = (train.select(np.flatnonzero(which)) for which in (~lacking, lacking))
+        others = train.select(np.flatnonzero(lacking))
+        whole = train.select(np.flatnonzero(~lacking)) if len(others) else train  # a selection is slower to read
         kinds = task.strata(whole)
         kept, held = split.hold_out(whole, fraction, recipe.all_seeds()[0], **_alike(task, whole, kinds), keep=kinds)
         return (concatenate_datasets([kept, others]) if len(others) else kept), held

@@ -100,7 +100,8 @@ class Run:
         if data is None:
             return _own_scores(self.folder, self.bf16)
         task, source, notes = self.predictor.task, read.describe(data), read.Notes(may_skip=False)
-        own = OwnMetrics.load(_own_metrics(self.folder), task)
+        recipe = _recipe(self.folder)
+        own = OwnMetrics.load(recipe.get("metrics"), task)
         table = task.unpack(read.read(data, "test", notes=notes))
         hints = {**{name: its for name, its in task.hints.items() if its in table.column_names}, **(columns or {})}
         required, _ = task.asked([*table.column_names, *hints], labelled=True)
@@ -109,7 +110,7 @@ class Run:
         )
         rows = task.gather(named)
         read.say_empty(rows, (*task.required, task.target), table, notes)
-        if seen := same_files((_recipe(self.folder).get("data") or {}).get("train"), data):
+        if seen := same_files((recipe.get("data") or {}).get("train"), data):
             notes.warn(f"the model was tuned on rows of {', '.join(seen)}: these scores say nothing of new rows")
         rows, findings = task.recheck(rows, source)
         scores = evaluate.score(self.predictor, rows, own)
@@ -195,13 +196,8 @@ def _own_scores(folder: Path, bf16: bool) -> dict[str, Any]:
     return evaluate.read_evaluation(folder)
 
 
-def _own_metrics(folder: Path) -> str | list[str] | None:
-    """The files of the user's own metrics that a run was tuned with; its `model/` may be given too."""
-    return _recipe(folder).get("metrics")
-
-
 def _recipe(folder: Path) -> dict[str, Any]:
-    """What a run was asked for; nothing, of a model that was handed over."""
+    """What a run was asked for, of which its `model/` may be given too; nothing, of a model that was handed over."""
     homes = [folder, *([folder.parent] if folder.name == "model" else [])]
     recipe = next((home / "recipe.yaml" for home in homes if (home / "recipe.yaml").is_file()), None)
     return read_recipe(recipe) if recipe else {}

@@ -245,16 +245,16 @@ class Task(WritingTask):
     ) -> Dataset:
         """Of an encoder-decoder: what goes before the last answer is read, and the answer is written."""
         prompts = self._prompts(tokenizer)
-        rows: list[Row] = []
-        lengths = []
-        for kept in turns:
-            rows.append({self.placed(): as_one_text(kept)})
-            lengths.append(prompts.length(rows[-1]))
-            length = lengths[-1]
-            while length > limit and (fewer := without_oldest(kept)):
-                kept, rows[-1] = fewer, {self.placed(): as_one_text(fewer)}
-                length = prompts.length(rows[-1])
-        given, _, unknown = prompts.said(rows, limit)
+        rows: list[Row] = [{self.placed(): as_one_text(one)} for one in turns]
+        given, lengths, unknown = prompts.said(rows, limit)
+        long = [at for at, length in enumerate(lengths) if length > limit]
+        for at in long:
+            kept, length = turns[at], lengths[at]
+            while length > limit and (kept := without_oldest(kept)):
+                rows[at] = {self.placed(): as_one_text(kept)}
+                length = prompts.length(rows[at])
+        for at, ids in zip(long, prompts.said([rows[at] for at in long], limit)[0] if long else (), strict=True):
+            given[at] = ids
         columns: dict[str, Any] = {"input_ids": given, "length": lengths, "unknown": unknown}
         if answers is not None:
             written, own, _ = prompts.written(answers, limit)

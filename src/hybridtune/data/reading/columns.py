@@ -63,6 +63,7 @@ def find_columns(
     instead: str = "",
 ) -> dict[str, str]:
     """Finds the columns of a task, with the arguments of `map_columns`.
+
     Returns:
         Canonical name -> the column that it is.
 
@@ -106,13 +107,15 @@ def say_empty(rows: Dataset, names: Collection[str], came: Dataset, notes: Notes
     if SOURCE not in rows.column_names or not names:
         return
     filled = _filled(rows, names)
-    for name in names:
-        empty = [file for file, has in filled.items() if name not in has]
-        if len(empty) < len(filled):
-            theirs = _filled(came, [one for one in came.column_names if one not in (ROW, SOURCE)])
-            for file in empty:
-                said = f"{file}: none of its rows has a value for {name}, as rows of other files have"
-                notes.warn(f"{said}; its columns: {', '.join(theirs[file])}")
+    empty = {name: [file for file, has in filled.items() if name not in has] for name in names}
+    lacking = {name: files for name, files in empty.items() if 0 < len(files) < len(filled)}
+    if not lacking:
+        return
+    theirs = _filled(came, [one for one in came.column_names if one not in (ROW, SOURCE)])
+    for name, files in lacking.items():
+        for file in files:
+            said = f"{file}: none of its rows has a value for {name}, as rows of other files have"
+            notes.warn(f"{said}; its columns: {', '.join(theirs[file])}")
 
 
 def _filled(rows: Dataset, names: Collection[str]) -> dict[str, list[str]]:
