@@ -185,6 +185,7 @@ def test_spans_are_read_however_they_are_written(tmp_path: Path, name: str, suff
     assert "span_widened" not in {finding.kind for finding in found}
 
 
+WRONG = {"tokens": ["a", "bad", "b"], "tags": ["O", "B-PER", "O"]}  # what no model can learn: no score is perfect
 UNITS = {"good": ["B-PER"], "good new": ["B-PER", "I-PER"], "bad": ["B-LOC"], **{letter: ["O"] for letter in "abcdef"}}
 
 
@@ -200,7 +201,7 @@ def labelled(count: int, seed: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> hybridtune.Run:
     return api.tune(
-        model=str(base), task="tagging", train=labelled(120, 0), test=labelled(40, 1), strategy=["full", "lora"],
+        model=str(base), task="tagging", train=labelled(120, 0), test=[*labelled(40, 1), WRONG], strategy=["full", "lora"],
         num_train_epochs=4, per_device_train_batch_size=8, learning_rate=5e-3, max_length=12,
         output=str(tmp_path_factory.mktemp("tagging") / "run"), console=Console(quiet=True), bf16=False,
     )  # fmt: skip

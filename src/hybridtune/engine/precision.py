@@ -220,11 +220,12 @@ def _products(device: torch.device) -> Seconds:
 
 
 def _processor() -> str:
+    """Its name and what it can do: virtual machines of one name differ by what speeds depend on."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        told = {key.strip(): value.strip() for key, _, value in lines}
+        name, flags = told.get("model name", name), set(told.get("flags", "").split())
+    able = [torch.backends.cpu.get_cpu_capability(), *sorted(flags & {"avx512_bf16", "amx_bf16"})]
+    return f"{name} ({', '.join(able)})"
