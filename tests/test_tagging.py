@@ -201,8 +201,8 @@ def labelled(count: int, seed: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> hybridtune.Run:
     return api.tune(
-        model=str(base), task="tagging", train=labelled(120, 0), test=[*labelled(40, 1), WRONG], strategy=["full", "lora"],
-        num_train_epochs=4, per_device_train_batch_size=8, learning_rate=5e-3, max_length=12,
+        model=str(base), task="tagging", train=labelled(120, 0), test=[*labelled(40, 1), WRONG],
+        strategy=["full", "lora"], num_train_epochs=4, per_device_train_batch_size=8, learning_rate=5e-3, max_length=12,
         output=str(tmp_path_factory.mktemp("tagging") / "run"), console=Console(quiet=True), bf16=False,
     )  # fmt: skip
 

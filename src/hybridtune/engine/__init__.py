@@ -16,6 +16,7 @@ from ..errors import first_line
 from ..layers import find_stacks
 from . import dropout, lora, proof, vocabulary
 from .casts import Casts, autocast_type, compute_type
+from .embedding import Tables
 from .frozen import Caches as Caches
 from .frozen import Frozen, Weights
 from .frozen import depth as lowest_trained
@@ -40,12 +41,14 @@ class Engine:
         reason: why there is none, or why what frozen layers give is not kept.
         modules: LoRA's layers, computed in a faster way where their state allows it when the engine is opened.
         draws: whether dropout on a CPU draws faster.
+        tables: embeddings whose gradients are added in place.
     """
 
     seam: Seam | None
     reason: str = ""
     modules: tuple[nn.Module, ...] = ()
     draws: bool = False
+    tables: Tables | None = None
 
     @contextmanager
     def open(self, casts: Casts | None = None) -> Iterator[None]:
@@ -58,8 +61,11 @@ class Engine:
             if self.seam:
                 undo.enter_context(self.seam.open())
             lora.speed_up(self.modules, undo, casts)
-            if self.draws and torch.is_grad_enabled():
-                undo.enter_context(dropout.fast())
+            if torch.is_grad_enabled():
+                if self.draws:
+                    undo.enter_context(dropout.fast())
+                if self.tables:
+                    self.tables.open(undo)
             yield
 
     def __str__(self) -> str:
@@ -85,13 +91,15 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
         changing: why they are not the same every time, which is said where there are such layers.
     """
     modules = tuple(module for module in model.modules() if lora.knows(module))
-    draws = next(model.parameters()).device.type == "cpu"
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    engine = Engine(None, "", modules, on_cpu, Tables(model) if on_cpu and alone else None)
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:
-        return Engine(None, f"it leaves out layers at random ({skips[0]})", modules, draws)
+        return replace(engine, reason=f"it leaves out layers at random ({skips[0]})")
     seam = Seam(model, find_stacks(dict(model.named_modules())))
-    engine = Engine(seam, modules=modules, draws=draws)
+    engine = replace(engine, seam=seam)
     with in_evaluation(model):
         with torch.no_grad():
             ask = _question(model, batch)
