@@ -15,8 +15,8 @@ own dropout.
     ours       what `hybridtune tune` does by default: bf16 where it is faster here; predictions then with `bf16=True`
 
 Figures are useful tokens (no padding) a second, from the end of the first step on; where layers are frozen below what
-is trained, three whole epochs, all that is done once included. What results/speed.jsonl has of this processor is
-skipped.
+is trained, three whole epochs (see ROWS), all that is done once included. What results/speed.jsonl has of this
+processor is skipped.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ GOALS = {
     "predict": (5, 2),
 }
 RANDOM = ("bert-base", "llama")  # models with random weights; their texts are cut by MiniLM's tokenizer
+POOL, ROWS = 1600, {"news": 160, "snips": 1600}  # what steps draw from; rows of whole epochs and of predictions
 BATCH = 32
 STEPS = 6
 # Products of a token with a weight of the layers: forwards, backwards to its input, and to the weight if it is trained.
@@ -80,7 +81,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=160, help="of whole epochs; steps draw from ten times as many")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "TEXTS"), help=argparse.SUPPRESS)
@@ -227,9 +227,7 @@ def peer_model(name: str, method: str, labels: int, attention: str) -> Any:
 
 def measure(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict[str, Any]]:
     """Runs the three sides in turn."""
-    whole = EPOCHS.get(method, 0)
-    count = asked.rows * (2 if method == "predict" else 1 if whole else 10)
-    rows = texts_of(asked.data, texts, count)
+    rows = texts_of(asked.data, texts, ROWS[texts] if method in (*EPOCHS, "predict") else POOL)
     once: Callable[..., dict[str, Any]] = predict_once if method == "predict" else train_once
     faster = bf16_is_faster()
     bf16 = {"ours": faster, "a": False, "b": faster}
@@ -464,7 +462,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             "",
             f"Ours ran with {_ways(mine, 'ours')}; peer (b) with {_ways(mine, 'b')}. Of peak: the products of useful",
             "tokens with the weights of layers (two operations a weight, token and pass; those of attention, heads and",
-            "optimizer left out) beside the machine's best product in the type that ours ran in.",
+            "optimizer left out) beside the machine's best product in the type that ours ran in. lora-top2 and head:",
+            f"three whole epochs, of {ROWS['news']:,} rows of news or {ROWS['snips']:,} of snips.",
         ]
         if where["date"] < WHOLE_HEAD_SINCE:
             lines += [

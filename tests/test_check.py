@@ -174,6 +174,17 @@ def test_repeated_rows_are_dropped_after_the_first() -> None:
     ]
 
 
+def test_repeated_rows_of_a_test_are_kept_and_reported() -> None:
+    test = [("x", "ham"), ("y", "spam"), ("X ", "ham"), ("y", "ham"), ("", "ham"), ("", "ham")]
+    repaired, found = check(CLEAN, None, test)
+    item = found["duplicate", "test"]
+    assert (item.count, item.level) == (1, "info")
+    assert item.examples == [{"row": 4, "text": "X ", "label": "ham", "other_row": 2}]
+    assert "interval" in item.did
+    assert len(repaired["test"]) == len(test)
+    assert ("duplicate", "train") not in found
+
+
 def test_a_pair_is_one_text() -> None:
     train = [(f"a {n}", f"b {n}", str(n % 2)) for n in range(20)]
     repaired, found = check(

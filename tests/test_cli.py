@@ -205,6 +205,8 @@ def test_a_line_of_standard_input_is_one_text(run: Path) -> None:
     result = CliRunner().invoke(cli.app, ["predict", str(run), "-"], input=b"good\nb\xe4d\n")
     assert result.exit_code == 2
     assert "standard input, line 2: is not in UTF-8" in result.stderr
+    result = CliRunner().invoke(cli.app, ["predict", str(run), "-"], input=b"")
+    assert (result.exit_code, result.stderr) == (2, "error: standard input: is empty\n  expected: a text a line\n")
 
 
 def test_a_row_is_named_by_its_line(run: Path, tmp_path: Path) -> None:
@@ -250,6 +252,8 @@ def test_evaluate(call: Callable[..., Any], run: Path) -> None:
     assert again["metrics"] == own["metrics"]
     named = call("evaluate", run, "--data", "columns.csv", "--column", "text=body", "--column", "label=kind", "--json")
     assert json.loads(named.stdout)["rows"] == 24
+    named = call("evaluate", run, "--data", "columns.csv", "--column", "text=body", "--column", "label=kind")
+    assert named.stdout.startswith("24 rows of columns.csv, columns: text = body, label = kind\n")
     assert re.search(r"^accuracy +0\.\d{4} \[0\.\d{4}, \d\.\d{4}\] *$", call("evaluate", run).stdout, re.MULTILINE)
 
 
@@ -465,6 +469,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "output is a file": (tune_words(output="train.csv"), r"output: train\.csv is a file"),
     "both ways": (tune_words("--resume", "--overwrite"), r"exclude each other"),
     "predict nowhere": (["predict", "nowhere", "a"], r"nowhere: there is no such folder"),
+    "evaluate nowhere": (["evaluate", "nowhere"], r"nowhere: there is no such folder"),
+    "compare nowhere": (["compare", "nowhere", "foreign"], r"nowhere: there is no such folder"),
+    "export nowhere": (["export", "nowhere", "--output", "m2"], r"nowhere: there is no such folder"),
+    "report nowhere": (["report", "foreig"], r"foreig: there is no such folder\n.*did you mean foreign\?"),
+    "no model, before the data": (
+        tune_words(train="trian.csv", model="./nomodel"),
+        r"model \./nomodel: there is no such folder\n +mend: +give a folder that save_pretrained wrote",
+    ),
+    "pattern of no folder": (
+        tune_words(train="nosuch/*.csv"),
+        r"nosuch/\*\.csv: no file matches .*\n.*no folder nosuch",
+    ),
     "predict no run": (["predict", "foreign", "a"], r"foreign: is not a run of hybridtune"),
     "predict nothing": (["predict", "foreign"], r"give either texts or --input FILE"),
     "evaluate no run": (["evaluate", "foreign"], r"foreign: has no evaluation\.json"),

@@ -109,6 +109,17 @@ def test_the_test_rows_score_the_same_again(base: Path, tmp_path: Path, name: st
     assert all(finding["split"] == "test" for finding in told["findings"])
 
 
+@pytest.mark.parametrize("name", ["decimal commas", "other ways of writing a label", "another way of writing a tag",
+                                  "answers by their text alone"])  # fmt: skip
+def test_repeated_rows_are_said_and_counted(base: Path, tmp_path: Path, name: str) -> None:
+    task, rows, keys = CASES[name]
+    run = tune(base, tmp_path / "run", task=task, baselines=False, **rows, **keys)
+    told = run.evaluate([*rows["test"], rows["test"][1]])
+    assert [one["count"] for one in told["findings"] if one["kind"] == "duplicate"] == [1]
+    assert told["rows"] == len(rows["test"]) + 1
+    assert set(told["columns"]) == set(rows["test"][0])
+
+
 def test_evaluate_says_what_it_repaired(base: Path, tmp_path: Path) -> None:
     _, rows, _ = CASES["decimal commas"]
     run = tune(base, tmp_path / "run", task="regression", baselines=False, **rows)

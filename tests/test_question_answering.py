@@ -21,6 +21,7 @@ from hybridtune import api, tasks
 from hybridtune.console import Console
 from hybridtune.errors import DataError, RecipeError
 from hybridtune.model import load_tokenizer
+from hybridtune.recipe import read_recipe
 from hybridtune.tasks import _squad
 from hybridtune.tasks.question_answering import Task
 from hybridtune.train import HybridTrainer
@@ -226,6 +227,11 @@ def test_a_whole_run(run: hybridtune.Run) -> None:
     assert manifest["task"]["no_answer"] is True
     validation = json.loads((run.folder / "decision.json").read_text())["candidates"][0]["validation"]
     assert {"f1", "exact_match", "loss"} <= set(validation)
+    recipe = read_recipe(run.folder / "recipe.yaml")
+    assert (recipe["n_best_size"], recipe["max_answer_length"]) == (20, 30)
+    assert {"n_best_size", "max_answer_length"} <= set(recipe["defaults"])
+    with pytest.raises(DataError, match=r"a text alone, but a row has question and context\n.*'who\?'"):
+        run.predict(["who?"])
 
 
 def test_predictions_come_in_the_rows_order_and_survive_reloading(run: hybridtune.Run) -> None:

@@ -22,6 +22,7 @@ from hybridtune.cli import app
 from hybridtune.console import Console
 from hybridtune.errors import DataError, ModelError
 from hybridtune.model import locate
+from hybridtune.recipe import Recipe, read_recipe
 from hybridtune.tasks._prompts import Prompts
 from hybridtune.tasks.translation import Task
 
@@ -154,6 +155,14 @@ def test_a_whole_run_learns_the_toy_language(run: hybridtune.Run) -> None:
     assert told["signatures"]["chrf"] in page
     saved = json.loads((run.folder / "model" / "generation_config.json").read_text())
     assert (saved["num_beams"], saved["max_new_tokens"], saved["do_sample"]) == (2, 10, False)
+
+
+def test_how_it_writes_is_in_the_recipe_that_it_leaves(run: hybridtune.Run) -> None:
+    kept = read_recipe(run.folder / "recipe.yaml")
+    given = {"num_beams": 2, "max_new_tokens": 10, "generate_on": 20}
+    assert {key: kept[key] for key in given} == given
+    assert not given.keys() & set(kept["defaults"])
+    assert Recipe.make({**kept, "data": DATA}).num_beams == 2
 
 
 def test_what_is_evaluated_is_the_checkpoint_that_was_chosen(run: hybridtune.Run) -> None:

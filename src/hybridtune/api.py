@@ -14,6 +14,7 @@ from . import comparison, environment, evaluate, export, own_file, prepare, repo
 from . import console as consoles
 from . import folder as folders
 from . import model as models
+from . import start as starts
 from .console import Console
 from .data.reading import read
 from .errors import RecipeError, unknown
@@ -79,6 +80,7 @@ def tune(
     own = OwnMetrics.load(asked.metrics, task)
     metric, direction = _goal(asked, task, own, compute_metrics is not None)
     folder = folders.claim(asked, resume, overwrite)
+    starts.refuse_missing(asked)
 
     console.step(1, f"goal: {direction} {metric} of {own_file.shown(asked.task)}")
     machine = environment.describe(models.pick_device(asked.device))
@@ -221,6 +223,7 @@ def check(
         recipe = CHECKED | recipe
     asked = Recipe.make(recipe, **keys)
     task = tasks.of(asked)
+    starts.refuse_missing(asked)
     rows, about = prepare.rows_of(asked, task, console)
     if packaged and task.writes:
         console.line("  no model is given: tokens are not counted, and nothing is said of what a limit would cut")

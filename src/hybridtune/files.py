@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import HybridtuneError, RunError
+from .errors import HybridtuneError, RunError, nearest_file
 
 # What torch and safetensors say of a full disk, in errors of their own.
 _FULL = ("No space left on device", "os error 28", "inline_container.cc", "PytorchStreamWriter")
@@ -62,6 +62,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, readable and in UTF-8, as `write_text` does."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def refuse_missing(run: Path) -> None:
+    """Refuses a folder of a run that is not there.
+
+    Raises:
+        RunError: it is not.
+    """
+    if not run.is_dir():
+        near = nearest_file(run)
+        mend = f"did you mean {near}?" if near else "`hybridtune runs` lists the runs"
+        raise RunError(f"{run}: there is no such folder", mend=mend)
 
 
 def read_json(path: Path) -> Any:

@@ -147,12 +147,14 @@ def begin(
     if rejected:
         write_text(folder / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
     tree = recipe.model_dump(mode="json", exclude={"data", "goal", "strategy", "defaults"}, exclude_none=True)
+    own = {key: value for key, value in setting.task.chosen().items() if key not in tree and value is not None}
     tree |= {
+        **own,
         "goal": {recipe.goal.direction: setting.metric},
         "bf16": setting.precision.bf16,
         "data": _data(recipe),
         "strategy": [strategy.model_dump(mode="json", exclude_none=True) for strategy in plan],
-        "defaults": [*([] if recipe.goal.metric else [f"goal.{recipe.goal.direction}"]), *defaults],
+        "defaults": [*([] if recipe.goal.metric else [f"goal.{recipe.goal.direction}"]), *own, *defaults],
     }
     write_text(folder / _RESOLVED, yaml12.dump(tree))
 

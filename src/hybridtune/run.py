@@ -90,8 +90,9 @@ class Run:
             columns: what the rows' columns are called, where they are not called as in training.
 
         Returns:
-            The rows' number, the metrics with their intervals (those of the user's own among them), where the model is
-            wrong, what the check has found, and warnings; the keys that evaluation.json has too are the same.
+            The rows' number and columns, the metrics with their intervals (those of the user's own among them), where
+            the model is wrong, what the check has found, and warnings; the keys that evaluation.json has too are the
+            same.
 
         Raises:
             DataError: the rows cannot be read, or have a label that the model does not know.
@@ -105,10 +106,8 @@ class Run:
         table = task.unpack(read.read(data, "test", notes=notes))
         hints = {**{name: its for name, its in task.hints.items() if its in table.column_names}, **(columns or {})}
         required, _ = task.asked([*table.column_names, *hints], labelled=True)
-        named = read.map_columns(
-            table, "test", source, task.columns, hints, required, in_recipe=False, instead=task.instead
-        )
-        rows = task.gather(named)
+        found = read.find_columns(table, "test", source, task.columns, hints, required, False, task.instead)
+        rows = task.gather(read.rename_columns(table, found, task.columns))
         read.say_empty(rows, (*task.required, task.target), table, notes)
         if seen := same_files((recipe.get("data") or {}).get("train"), data):
             notes.warn(f"the model was tuned on rows of {', '.join(seen)}: these scores say nothing of new rows")
@@ -119,6 +118,7 @@ class Run:
         return {
             "model": str(self.folder),
             "data": source,
+            "columns": found,
             "rows": len(rows),
             "metrics": scores.metrics,
             **task.errors(scores.stats, rows, scores.predictions),

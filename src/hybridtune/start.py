@@ -28,6 +28,7 @@ from .files import read_json
 from .methods import lora
 from .methods._peft import name_in_file
 from .model import PACKAGED, Loaded
+from .recipe import Recipe
 
 _PEFT, _PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _ODD = ("lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens")
@@ -97,6 +98,17 @@ def load(
         base = replace(base, vocabulary=vocabulary.digest(tokenizer))
     new = tuple(sorted(head.union(loaded.new)))
     return Start(replace(loaded, new=new), Assembly(loaded.model, Anatomy(loaded.model, new)), base)
+
+
+def refuse_missing(recipe: Recipe) -> None:
+    """Refuses a recipe whose model is not there, before time is spent on the data.
+
+    Raises:
+        ModelError: it is not.
+    """
+    others = (ABOUT, MANIFEST, _PEFT, f"model/{ABOUT}")  # than a plain model
+    if not any((Path(recipe.model) / file).is_file() for file in others):
+        models.load_configuration(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
 
 
 def _from_delta(folder: Path, asked: Base) -> Start:

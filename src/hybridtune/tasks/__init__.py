@@ -328,6 +328,10 @@ class Task(ABC):
         """
         return (self.required, tuple(self.columns)) if labelled else (self.inputs, self.inputs)
 
+    def chosen(self) -> dict[str, Any]:
+        """What the recipe's keys of the task stand at, given or not, once a model was prepared; None is not said."""
+        return {}
+
     def target_mend(self, limit: int) -> str:
         """What has a model learn more of a long target than `target_limit`."""
         return ""

@@ -150,6 +150,10 @@ class WritingTask(tasks.Task):
         """What the model is told where the recipe has no template."""
         return f"{{{self.about}}}"
 
+    def chosen(self) -> dict[str, Any]:
+        """How the model writes, and how often in training."""
+        return {"generate_on": self.generate_on, **_writing.settings_in(self._config)}
+
     def target_limit(self, limit: int) -> int | None:
         """As many as the model may write, but of a decoder's text no more than half."""
         return self._longest(limit)

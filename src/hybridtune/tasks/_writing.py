@@ -44,6 +44,12 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
+def settings_in(config: Any) -> dict[str, Any]:
+    """The settings that a generation_config stands at."""
+    found = {key: getattr(config, key, None) for key in SETTINGS} | {"num_beams": config.num_beams or 1}
+    return found if found["num_beams"] > 1 else {key: one for key, one in found.items() if key not in _OF_BEAMS}
+
+
 def set_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], end: int) -> Any:
     """Tells a model how to write, in its generation_config; what is not given stays as the model has it.
 

@@ -108,6 +108,10 @@ class Task(tasks.Task):
         keys = ("name", "no_answer", "threshold", "max_answer_length", "n_best_size", "doc_stride", "hints")
         return {key: getattr(self, key) for key in keys}
 
+    def chosen(self) -> dict[str, Any]:
+        """How many answers are looked at, and how long they may be."""
+        return {"max_answer_length": self.max_answer_length, "n_best_size": self.n_best_size}
+
     def model_config(self) -> dict[str, Any]:
         """A start and an end logit for each token."""
         return {"num_labels": 2}

@@ -76,6 +76,7 @@ def check_classification(
         known = Counter(labels)
         rows = _rename(rows, known, renamed, "label_variant", found)
         _refuse_unknown_labels(rows, labels)
+        rows = duplicates(rows, found)
     label_type = pa.array(labels).type
     made = {
         name: split.to_dataset({**split.plain_texts(), **split.written(label_type)}) for name, split in rows.items()

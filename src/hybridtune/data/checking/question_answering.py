@@ -114,8 +114,8 @@ def check_question_answering(
             _refuse_all_absent(split)
         for name in list(rows):
             rows = _say_amiss(rows, name, found)
+    rows = duplicates(rows, found)
     if "train" in rows:
-        rows = duplicates(rows, found)
         conflicts(rows["train"], found)
         rows = leaks(rows, found)
         no_answer = _refuse_no_answers(rows["train"])

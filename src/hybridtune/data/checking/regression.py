@@ -59,6 +59,7 @@ def check_regression(
     for split in rows.values():
         _say_converted(split, found)
     rows = empty_texts(rows, found)
+    rows = duplicates(rows, found)
     if "train" in rows:
         rows = _compared(rows, found)
     made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
@@ -79,7 +80,6 @@ def _mend_of(rows: dict[str, Numbers]) -> str:
 
 def _compared(rows: dict[str, Numbers], found: list[Finding]) -> dict[str, Numbers]:
     """Looks at train as a whole, and at the other splits beside it."""
-    rows = duplicates(rows, found)
     conflicts(rows["train"], found, lambda first: _spread(rows["train"].values, first))
     before = len(np.unique(rows["train"].values, axis=0))
     rows = leaks(rows, found)

@@ -58,8 +58,8 @@ def check_tagging(
     )
     rows = empty_texts(rows, found)
     rows = _settle(rows, tags, found)
+    rows = duplicates(rows, found)
     if "train" in rows:
-        rows = duplicates(rows, found)
         conflicts(rows["train"], found)
         before = rows["train"].counts()
         rows = leaks(rows, found)

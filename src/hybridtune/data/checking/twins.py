@@ -12,6 +12,7 @@ from .rows import Rows
 
 R = TypeVar("R", bound=Rows)
 
+_COUNTED = "kept: each counts in the score, whose interval is narrower than that of as many different rows"
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # any odd number maps eight bytes to eight bytes one to one
 
 
@@ -35,18 +36,21 @@ def mixed(values: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 
 def duplicates(splits: dict[str, R], found: list[Finding]) -> dict[str, R]:
-    """Drops rows of train that repeat an earlier row, text and target."""
-    rows = splits["train"]
-    first = first_of(mixed(rows.keys, rows.same))
-    again = np.flatnonzero(first != np.arange(len(rows)))
-    if not len(again):
-        return splits
+    """Drops rows of train that repeat an earlier row, text and target, and reports those of other splits."""
+    for split, rows in splits.items():
+        first = first_of(mixed(rows.keys, rows.same))
+        again = np.flatnonzero((first != np.arange(len(rows))) & ~rows.empty)
+        if not len(again):
+            continue
 
-    def details(rows: R, at: int) -> dict[str, Any]:
-        return {**rows.target(at), "other_row": int(rows.number[first[at]])}
+        def details(rows: R, at: int, first: np.ndarray = first) -> dict[str, Any]:
+            return {**rows.target(at), "other_row": int(rows.number[first[at]])}
 
-    found.append(finding("duplicate", rows, again, "dropped after the first", "info", details))
-    return drop(splits, "train", again, found)
+        did = "dropped after the first" if split == "train" else _COUNTED
+        found.append(finding("duplicate", rows, again, did, "info", details))
+        if split == "train":
+            splits = drop(splits, split, again, found)
+    return splits
 
 
 def conflicts(rows: Rows, found: list[Finding], more: Callable[[np.ndarray], str] = lambda first: "") -> None:

@@ -107,8 +107,8 @@ def repaired(rows: dict[str, Written], found: list[Finding], more: Any) -> dict[
     words = f"{'an' if name.startswith('a') else 'a'} {name}"
     rows = missing(rows, {split: np.flatnonzero(one.unsaid) for split, one in rows.items()}, found, words)
     rows = empty_texts(rows, found)
+    rows = duplicates(rows, found)
     if "train" in rows:
-        rows = duplicates(rows, found)
         conflicts(rows["train"], found)
         rows = leaks(rows, found)
     for one in rows.values():

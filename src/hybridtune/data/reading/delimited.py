@@ -90,7 +90,11 @@ def read_table(text: Text, notes: Notes) -> Iterator[Batch]:
     if lines:
         yield _batch(names, flat, lines)
     if number == 0 and not notes.rejected:
-        raise DataError(f"{name}: there is a header but no rows", found=", ".join(header.cells)[:160])
+        raise DataError(
+            f"{name}: there is a header but no rows",
+            found=", ".join(header.cells)[:160],
+            mend="give a file with rows below the header",
+        )
 
 
 @contextmanager

@@ -91,6 +91,7 @@ def read(source: Source, split: str, *, max_rows: int | None = None, notes: Note
             if bad
             else None,
             expected=f"the rows of {split}",
+            mend="correct that line" if bad else "give a source that has some",
         )
     if max_rows is not None and max_rows < len(rows):
         table = rows.select(_spread(len(rows), max_rows)).with_format("arrow")[:].combine_chunks()

@@ -130,12 +130,14 @@ def _local(name: str) -> list[str]:
 
 
 def _no_match(name: str) -> list[str]:
-    folder = Path(_PATTERN.split(name)[0]).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
-    there = sorted(one.name for one in folder.iterdir())[:8] if folder.is_dir() and "://" not in name else []
+    before = _PATTERN.split(name)[0]
+    folder = Path(before).expanduser()
+    folder = folder if before.endswith("/") else folder.parent
+    missing = "://" not in name and not folder.is_dir()
+    there = [] if missing or "://" in name else sorted(one.name for one in folder.iterdir())[:8]
     raise DataError(
         f"{name}: no file matches the pattern",
-        found=", ".join(there) or None,
+        found=f"no folder {folder}" if missing else ", ".join(there) or None,
         mend="correct the pattern, or name the files",
     )
 
