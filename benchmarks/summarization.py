@@ -193,7 +193,7 @@ def scored(texts: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """ROUGE of texts with the best of the summaries, beside lead-1, lead-3 and the best sentences."""
     task, table = Task(script="latin"), Dataset.from_list(rows)
     stats = task.stats(texts, table)
-    leads = {name: of for name, _, of in task.baselines(table, table, None)}
+    leads = {one.name: one.stats for one in task.baselines(table, table, None)}
     best = [sentences(row["document"])[int(np.argmax(of))] for row, of in zip(rows, worth(rows), strict=True)]
 
     def told(found: metrics.Stats) -> dict[str, Any]:
