@@ -181,6 +181,10 @@ def test_repeated_rows_of_a_test_are_kept_and_reported() -> None:
     assert (item.count, item.level) == (1, "info")
     assert item.examples == [{"row": 4, "text": "X ", "label": "ham", "other_row": 2}]
     assert "interval" in item.did
+    _, found = check(CLEAN, [*test, ("z", "ham"), ("z", "ham")], [("x", "ham"), ("w", "spam")])
+    assert found["leak", "validation"].count == 2
+    assert found["duplicate", "validation"].count == 1  # of rows that are left
+    assert "interval" not in found["duplicate", "validation"].did
     assert len(repaired["test"]) == len(test)
     assert ("duplicate", "train") not in found
 

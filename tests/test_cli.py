@@ -206,7 +206,8 @@ def test_a_line_of_standard_input_is_one_text(run: Path) -> None:
     assert result.exit_code == 2
     assert "standard input, line 2: is not in UTF-8" in result.stderr
     result = CliRunner().invoke(cli.app, ["predict", str(run), "-"], input=b"")
-    assert (result.exit_code, result.stderr) == (2, "error: standard input: is empty\n  expected: a text a line\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "warning: standard input is empty: nothing is predicted\n"
 
 
 def test_a_row_is_named_by_its_line(run: Path, tmp_path: Path) -> None:
@@ -473,6 +474,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "compare nowhere": (["compare", "nowhere", "foreign"], r"nowhere: there is no such folder"),
     "export nowhere": (["export", "nowhere", "--output", "m2"], r"nowhere: there is no such folder"),
     "report nowhere": (["report", "foreig"], r"foreig: there is no such folder\n.*did you mean foreign\?"),
+    "report of a file": (["report", "train.csv"], r"train\.csv: is a file\n +expected: the folder of a run"),
+    "model is a file": (tune_words(model="./train.csv"), r"model \./train\.csv: is a file"),
     "no model, before the data": (
         tune_words(train="trian.csv", model="./nomodel"),
         r"model \./nomodel: there is no such folder\n +mend: +give a folder that save_pretrained wrote",

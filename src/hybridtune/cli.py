@@ -211,6 +211,7 @@ def predict(
                 rows = api.rows_for_prediction(path, doubts.append)
         elif texts == ["-"]:
             rows = _lines_of_standard_input()
+            doubts += [] if rows else ["standard input is empty: nothing is predicted"]
         with console.watch("predict") as tuned.predictor.watch:
             predictions = api.with_inputs(rows, tuned.predict(rows, _columns(column), doubts.append, source))
         if not as_json:
@@ -252,8 +253,7 @@ def evaluate(
         with console.watch("evaluate") as watch:
             result = api.evaluate_run(run, data, device, _columns(column), watch, bf16)
         if data is not None:
-            columns = ", ".join(f"{known} = {its}" for known, its in result["columns"].items())
-            console.line(f"{result['rows']:,} rows of {result['data']}, columns: {columns}")
+            console.line(f"{result['rows']:,} rows of {result['data']}, columns: {consoles.pairs(result['columns'])}")
         for finding in result.get("findings", []):  # of new rows; those of the run's own were told when tuning
             console.finding(f"{finding['count']} x {finding['kind']}: {finding['did']}", finding["level"])
         console.table(
@@ -416,10 +416,7 @@ def _lines_of_standard_input() -> list[str]:
                 found=repr(line[max(error.start - 10, 0) : error.end + 10]),
                 mend="convert it (iconv), or give the file with --input, which finds the encoding out",
             ) from None
-    rows = rows[:-1] if rows[-1] == "" else rows
-    if not rows:
-        raise DataError("standard input: is empty", expected="a text a line")
-    return rows
+    return rows[:-1] if rows[-1] == "" else rows
 
 
 def _line(prediction: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import predict
 from .errors import RunError
-from .files import read_json, refuse_missing
+from .files import read_json, refuse_no_run
 from .tasks import Stats, Task
 from .tasks.metrics import mcnemar, paired_difference
 
@@ -79,7 +79,7 @@ def _which(second: bool) -> str:
 
 
 def _predictions(run: Path) -> tuple[Task, list[dict[str, Any]]]:
-    refuse_missing(run)
+    refuse_no_run(run)
     path = run / "predictions.jsonl"
     if not path.is_file():
         raise RunError(f"{run}: has no predictions.jsonl", mend="give a run that is finished")

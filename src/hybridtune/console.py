@@ -148,6 +148,11 @@ def number(value: float, digits: int = 3, sign: str = "") -> str:
     )  # no -0.000
 
 
+def pairs(names: dict[str, str]) -> str:
+    """text = message, label = intent."""
+    return ", ".join(f"{name} = {other}" for name, other in names.items())
+
+
 def interval(metric: dict[str, float], digits: int = 3, sign: str = "") -> str:
     """0.912 [0.880, 0.938]."""
     value, low, high = (number(metric[key], digits, sign) for key in ("value", "low", "high"))

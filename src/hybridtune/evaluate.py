@@ -14,7 +14,7 @@ from . import answer, checkpoint, predict
 from . import console as consoles
 from . import model as models
 from .errors import RecipeError, RunError
-from .files import read_json, refuse_missing, write_text
+from .files import read_json, refuse_no_run, write_text
 from .own_metrics import OwnMetrics
 from .select import Decision
 from .tasks import Baseline, Stats, Task
@@ -219,7 +219,7 @@ def read_evaluation(run: Path) -> dict[str, Any]:
     Raises:
         RunError: the run has none.
     """
-    refuse_missing(run)
+    refuse_no_run(run)
     if not (run / "evaluation.json").is_file():
         raise RunError(f"{run}: has no evaluation.json", mend="give a run that is finished")
     return dict(read_json(run / "evaluation.json"))

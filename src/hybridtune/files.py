@@ -64,14 +64,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-def refuse_missing(run: Path) -> None:
+def refuse_no_run(run: Path) -> None:
     """Refuses a folder of a run that is not there.
 
     Raises:
         RunError: it is not.
     """
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run}: is a file", expected="the folder of a run", mend="`hybridtune runs` lists the runs")
     if not run.is_dir():
-        near = nearest_file(run)
+        near = nearest_file(run, "*/")
         mend = f"did you mean {near}?" if near else "`hybridtune runs` lists the runs"
         raise RunError(f"{run}: there is no such folder", mend=mend)
 

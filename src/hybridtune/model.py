@@ -276,16 +276,16 @@ def _not_found(name: str, source: str, error: Exception) -> ModelError:
     if Path(source).is_dir():
         return ModelError(f"model {name}: cannot be loaded from the folder", found=first_line(error))
     if name.startswith((".", "/", "~")) or name.count("/") > 1:  # a path, and no hub id
-        near_folder = nearest_file(Path(name))
+        there = Path(name).exists()
+        near = None if there else nearest_file(Path(name), "*/")
         return ModelError(
-            f"model {name}: there is no such folder",
-            mend=f"did you mean {near_folder}?"
-            if near_folder
-            else "give a folder that save_pretrained wrote, or a hub id",
+            f"model {name}: " + ("is a file" if there else "there is no such folder"),
+            expected="the path of a folder, whole: ~ is not expanded" if name.startswith("~") else None,
+            mend=f"did you mean {near}?" if near else "give a folder that save_pretrained wrote, or a hub id",
         )
-    near = nearest(name, PACKAGED)
+    known = nearest(name, PACKAGED)
     return ModelError(
         f"model {name}: no such folder, and the hub did not give it",
         found=first_line(error),
-        mend=f"did you mean {near}?" if near else "check the spelling, the network, HF_HUB_OFFLINE and your token",
+        mend=f"did you mean {known}?" if known else "check the spelling, the network, HF_HUB_OFFLINE and your token",
     )

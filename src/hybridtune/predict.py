@@ -21,7 +21,7 @@ from .data.checking.rows import place, row_numbers
 from .data.reading import read as reading
 from .engine import precision
 from .errors import DataError, RunError
-from .files import refuse_missing
+from .files import refuse_no_run
 from .tasks import Task
 
 SHOWN_ROWS = 10
@@ -88,10 +88,10 @@ class Predictor:
         bare = [one for one in given if not isinstance(one, dict)]
         if bare and len(needed) > 1:
             raise DataError(
-                f"predict: a text alone, but a row has {' and '.join(needed)}",
+                f"predict: one value, but a row has {' and '.join(needed)}",
                 found=repr(bare[0])[:80],
                 expected="rows such as {" + ", ".join(f'"{name}": ...' for name in needed) + "}",
-                mend="on the command line: --input FILE, with these columns",
+                mend="give such rows; on the command line --input FILE, with these columns",
             )
         return self.task.rows_from(given)
 
@@ -160,7 +160,7 @@ def load(folder: Path, device: str = "auto", bf16: bool = False) -> Predictor:
         RecipeError: bf16 is asked for, and the device has none.
         RunError: the folder is none of these, or is damaged.
     """
-    refuse_missing(folder)
+    refuse_no_run(folder)
     where = models.pick_device(device)
     if bf16:
         precision.refuse_bf16(where)

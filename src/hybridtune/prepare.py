@@ -196,7 +196,7 @@ def _say_columns(columns: dict[str, dict[str, str]], console: Console) -> None:
     """Which columns are taken for what, once where all files have the same."""
     told: dict[str, list[str]] = {}
     for name, found in columns.items():
-        told.setdefault(", ".join(f"{known} = {column}" for known, column in found.items()), []).append(name)
+        told.setdefault(consoles.pairs(found), []).append(name)
     for said, splits in told.items():
         console.line(f"  columns{'' if len(told) == 1 else ' of ' + ' and '.join(splits)}: {said}")
 

@@ -22,7 +22,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 
 from . import console, own_file
 from .errors import RunError
-from .files import refuse_missing, write_text
+from .files import refuse_no_run, write_text
 
 TABLE_LABELS = 16  # a confusion matrix up to this size is a table with its numbers, beyond it a plotly heat map
 MATRIX_LABELS = 150  # beyond this, only the labels with most mistakes are drawn
@@ -96,7 +96,7 @@ def _trial(run: Path, strategy: str) -> Path:
 
 
 def _recipe(run: Path) -> dict[str, Any]:
-    refuse_missing(run)
+    refuse_no_run(run)
     path, mend = run / "recipe.yaml", "name a folder that `hybridtune tune` wrote"
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))

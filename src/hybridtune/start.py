@@ -100,7 +100,7 @@ def load(
     return Start(replace(loaded, new=new), Assembly(loaded.model, Anatomy(loaded.model, new)), base)
 
 
-def refuse_missing(recipe: Recipe) -> None:
+def refuse_no_model(recipe: Recipe) -> None:
     """Refuses a recipe whose model is not there, before time is spent on the data.
 
     Raises:

@@ -124,7 +124,10 @@ class HybridTrainer(UpdateTrainer):
         """Runs the stages of the strategy one after the other; without a strategy, trains as Trainer does."""
         if self.strategy is None:
             self._begin_anew()
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            try:
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            finally:
+                self._let_go()
         assert self.assembly is not None
         first, begun = self._resume_at(resume_from_checkpoint)
         self._forget(first, begun)
@@ -212,7 +215,8 @@ class HybridTrainer(UpdateTrainer):
             if getattr(self.args, stages.CHECKPOINTING) and not getattr(self._asked, stages.CHECKPOINTING):
                 getattr(self.model, f"{stages.CHECKPOINTING}_disable")()
             self.args = self._asked
-            self._log = self._casts = None
+            self._log = None
+            self._let_go()
 
     def _begin(self, number: int, stage: Stage) -> None:
         """Puts the stage on the model and gives Trainer its arguments. The seed is set before anything is attached."""

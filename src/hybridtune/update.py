@@ -34,7 +34,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
     Args:
         *args: as Trainer takes them.
         engine: "auto" runs rows without padding, and a language model's head on labelled tokens alone, where the model
-            proves to give the same so; with a strategy, layers below all that is trained run once a row. "off" does as
+            proves to give the same so; with a strategy, layers below all that is trained run once a row. On a CPU
+            embedding tables get their gradients from `backward` alone, not from `torch.autograd.grad`. "off" does as
             Trainer does.
         caches: what frozen layers give, kept beyond this training for others on the same data.
         max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time. The batch
@@ -82,6 +83,12 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self.compute_loss_func = self._loss_asked
         # Of frozen weights. DataParallel's replicas have weights of their own, and compiled code its own casts.
         self._casts = Casts(self.model) if self.accelerator.native_amp and not self._sharded else None
+
+    def _let_go(self) -> None:
+        """Gives back what was kept in memory for a training."""
+        self._casts = None
+        if self.engine and self.engine.tables:
+            self.engine.tables.forget()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer's, after engine and loss have been tried."""

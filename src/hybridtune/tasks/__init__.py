@@ -329,7 +329,8 @@ class Task(ABC):
         return (self.required, tuple(self.columns)) if labelled else (self.inputs, self.inputs)
 
     def chosen(self) -> dict[str, Any]:
-        """What the recipe's keys of the task stand at, given or not, once a model was prepared; None is not said."""
+        """Values of the task's own `keys` that neither recipe nor data say, for the recipe that a run keeps; once a
+        model was prepared, which may have values of its own."""
         return {}
 
     def target_mend(self, limit: int) -> str:

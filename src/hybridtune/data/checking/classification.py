@@ -15,7 +15,7 @@ from .labelled import Labelled, open_labelled, same_label_type
 from .labels import DOUBT_SHARE, is_number, refuse_what_is_no_class, sort_labels, typos, variants, ways_of_writing
 from .rows import as_text
 from .steps import empty_texts, missing, train_of
-from .twins import conflicts, duplicates, first_of, leaks
+from .twins import conflicts, duplicates, first_of, leaks, repeats
 
 Splits = dict[str, Labelled]
 
@@ -76,7 +76,7 @@ def check_classification(
         known = Counter(labels)
         rows = _rename(rows, known, renamed, "label_variant", found)
         _refuse_unknown_labels(rows, labels)
-        rows = duplicates(rows, found)
+    repeats(rows, found)
     label_type = pa.array(labels).type
     made = {
         name: split.to_dataset({**split.plain_texts(), **split.written(label_type)}) for name, split in rows.items()

@@ -17,7 +17,7 @@ from .answers import ABSENT, KINDS, Answer, answers_of, settled
 from .findings import SHOWN, Finding, drop, finding
 from .rows import Rows, as_text, column_type, open_rows, text_keys
 from .steps import empty_texts, train_of
-from .twins import conflicts, duplicates, leaks
+from .twins import conflicts, duplicates, leaks, repeats
 
 ANSWERS = pa.struct({"text": pa.list_(pa.string()), "answer_start": pa.list_(pa.int64())})
 LOOKED_AT = 200
@@ -114,13 +114,14 @@ def check_question_answering(
             _refuse_all_absent(split)
         for name in list(rows):
             rows = _say_amiss(rows, name, found)
-    rows = duplicates(rows, found)
     if "train" in rows:
+        rows = duplicates(rows, found)
         conflicts(rows["train"], found)
         rows = leaks(rows, found)
         no_answer = _refuse_no_answers(rows["train"])
         if "context" in texts:
             _shared_contexts(rows, found)
+    repeats(rows, found)
     _without_an_answer(rows, bool(no_answer), found)
     made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
     return made, found

@@ -12,7 +12,7 @@ from .findings import Finding, finding
 from .numbers import MISSING, NO_NUMBER, Numbers, open_numbers, plain_number
 from .rows import as_text, open_rows
 from .steps import empty_texts, missing, train_of, unfit
-from .twins import conflicts, duplicates, leaks
+from .twins import conflicts, duplicates, leaks, repeats
 
 FEW_VALUES = 10
 FAR_OUT = 3  # times the distance of the quartiles, from either of them: Tukey, Exploratory Data Analysis (1977)
@@ -59,9 +59,9 @@ def check_regression(
     for split in rows.values():
         _say_converted(split, found)
     rows = empty_texts(rows, found)
-    rows = duplicates(rows, found)
     if "train" in rows:
         rows = _compared(rows, found)
+    repeats(rows, found)
     made = {name: split.to_dataset({**split.plain_texts(), **split.written()}) for name, split in rows.items()}
     return made, found
 
@@ -80,6 +80,7 @@ def _mend_of(rows: dict[str, Numbers]) -> str:
 
 def _compared(rows: dict[str, Numbers], found: list[Finding]) -> dict[str, Numbers]:
     """Looks at train as a whole, and at the other splits beside it."""
+    rows = duplicates(rows, found)
     conflicts(rows["train"], found, lambda first: _spread(rows["train"].values, first))
     before = len(np.unique(rows["train"].values, axis=0))
     rows = leaks(rows, found)

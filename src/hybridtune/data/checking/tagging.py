@@ -14,7 +14,7 @@ from .rows import column_type, is_list, is_string
 from .schemes import IOB2, OUTSIDE, is_chunked, parse, scheme_of
 from .steps import empty_texts, missing, train_of, unfit
 from .tagged import BROKEN, MISMATCH, MISSING, RENAMED, Rule, Tagged, Tally, open_tagged
-from .twins import conflicts, duplicates, leaks
+from .twins import conflicts, duplicates, leaks, repeats
 
 RARE = 8
 
@@ -58,11 +58,12 @@ def check_tagging(
     )
     rows = empty_texts(rows, found)
     rows = _settle(rows, tags, found)
-    rows = duplicates(rows, found)
     if "train" in rows:
+        rows = duplicates(rows, found)
         conflicts(rows["train"], found)
         before = rows["train"].counts()
         rows = leaks(rows, found)
+    repeats(rows, found)
     tallies = {name: split.tally() for name, split in rows.items()}
     if "train" in rows:
         _refuse_nothing_marked(rows["train"], tallies["train"], before)

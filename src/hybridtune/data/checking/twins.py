@@ -12,7 +12,10 @@ from .rows import Rows
 
 R = TypeVar("R", bound=Rows)
 
-_COUNTED = "kept: each counts in the score, whose interval is narrower than that of as many different rows"
+_COUNTED = {
+    "validation": "kept: each counts where strategies and checkpoints are compared",
+    "test": "kept: each counts in the score, whose interval is narrower than that of as many different rows",
+}
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # any odd number maps eight bytes to eight bytes one to one
 
 
@@ -36,21 +39,29 @@ def mixed(values: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 
 def duplicates(splits: dict[str, R], found: list[Finding]) -> dict[str, R]:
-    """Drops rows of train that repeat an earlier row, text and target, and reports those of other splits."""
+    """Drops rows of train that repeat an earlier row, text and target."""
+    again = _again(splits["train"], "dropped after the first", found)
+    return drop(splits, "train", again, found) if len(again) else splits
+
+
+def repeats(splits: dict[str, R], found: list[Finding]) -> None:
+    """Reports the same of the other splits, once leaks are out of them: there all rows count."""
     for split, rows in splits.items():
-        first = first_of(mixed(rows.keys, rows.same))
-        again = np.flatnonzero((first != np.arange(len(rows))) & ~rows.empty)
-        if not len(again):
-            continue
+        if split != "train":
+            _again(rows, _COUNTED.get(split, "kept"), found)
 
-        def details(rows: R, at: int, first: np.ndarray = first) -> dict[str, Any]:
-            return {**rows.target(at), "other_row": int(rows.number[first[at]])}
 
-        did = "dropped after the first" if split == "train" else _COUNTED
+def _again(rows: Rows, did: str, found: list[Finding]) -> np.ndarray:
+    """The positions of rows that repeat an earlier one, which are reported; rows that say nothing do not."""
+    first = first_of(mixed(rows.keys, rows.same))
+    again = np.flatnonzero((first != np.arange(len(rows))) & ~rows.empty)
+
+    def details(rows: Rows, at: int) -> dict[str, Any]:
+        return {**rows.target(at), "other_row": int(rows.number[first[at]])}
+
+    if len(again):
         found.append(finding("duplicate", rows, again, did, "info", details))
-        if split == "train":
-            splits = drop(splits, split, again, found)
-    return splits
+    return again
 
 
 def conflicts(rows: Rows, found: list[Finding], more: Callable[[np.ndarray], str] = lambda first: "") -> None:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from .findings import SHOWN, Finding, finding
 from .rows import Rows, as_text, open_rows
 from .steps import empty_texts, missing
-from .twins import conflicts, duplicates, leaks
+from .twins import conflicts, duplicates, leaks, repeats
 
 MANY = 0.01  # a larger share of rows with something odd is worth a warning
 
@@ -107,10 +107,11 @@ def repaired(rows: dict[str, Written], found: list[Finding], more: Any) -> dict[
     words = f"{'an' if name.startswith('a') else 'a'} {name}"
     rows = missing(rows, {split: np.flatnonzero(one.unsaid) for split, one in rows.items()}, found, words)
     rows = empty_texts(rows, found)
-    rows = duplicates(rows, found)
     if "train" in rows:
+        rows = duplicates(rows, found)
         conflicts(rows["train"], found)
         rows = leaks(rows, found)
+    repeats(rows, found)
     for one in rows.values():
         odd("copied_target", one, one.digests == one.keys, f"kept: the {name} is the {one.texts[0]} itself", found)
         more(one, found)
