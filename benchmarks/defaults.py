@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def score(recipe: Recipe, rate: float) -> dict[str, object]:
-    """Validation metrics of one trial in which every rule but the head's trains with this rate."""
+    """Validation metrics of one trial in which every rule trains with this rate; the head only where it is alone."""
     task, console = tasks.load(recipe.task).from_recipe(recipe), Console(quiet=True)
     rows = {}
     for split in ("train", "validation"):  # no test file is opened here
@@ -65,10 +65,11 @@ def score(recipe: Recipe, rate: float) -> dict[str, object]:
         rows[split] = read.map_columns(table, split, split, task.columns, {}, task.required)
     rows, _ = task.check(rows, {split: str(getattr(recipe.data, split)) for split in rows})
     setting, _ = prepare.setting_of(recipe, task, "accuracy", rows, console)
-    strategy = recipe.strategies()[0]
+    strategy = setting.plans[0].strategy
     for stage in strategy.stages:
+        heads = [rule for rule in stage.rules if rule.part in ("head", "new")]
         for rule in stage.rules:
-            if rule.part not in ("head", "new"):
+            if rule not in heads or len(heads) == len(stage.rules):
                 rule.learning_rate = rate
     with tempfile.TemporaryDirectory() as folder:
         found = trial.run(setting, strategy, 0, Path(folder) / "trial")
