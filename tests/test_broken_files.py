@@ -218,6 +218,11 @@ REFUSED: dict[str, tuple[str, bytes | str, str]] = {
         '[{"text": "a"},\n]',
         r"a\.json:2:1: is not JSON[\s\S]*take out the comma",
     ),
+    "a line that ends too early": (
+        "a.jsonl",
+        '{"text": "a", "label":\n{"text": "b", "label": "c"}\n',
+        r"a\.jsonl:1:\d+: the line is not JSON[\s\S]*the line ends too early",
+    ),
     "JSON that ends too early": (
         "a.json",
         '[{"text": "a"}, {"text": "b"',

@@ -535,6 +535,34 @@ def test_rows_that_teach_nothing_are_dropped_from_train() -> None:
 
 
 @pytest.mark.parametrize(
+    "odd",
+    [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "p"}]}, *talk("a:q")]},
+        {"messages": "not turns"},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "q", "weight": "1"}]},
+    ],
+)  # fmt: skip
+def test_rows_of_another_form_hide_nothing(odd: dict[str, Any], tmp_path: Path) -> None:
+    alien = [{"role": "alien", "content": "a"}, {"role": "assistant", "content": "b"}]
+    calls = [talk("u:a")[0], {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]}]
+    rows = [*({"messages": turns} for turns in (*GOOD, alien, calls)), odd]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe.make(model="m", task="instruction", train=str(path))
+    task = tasks.of(recipe)
+    train = prepare._read(recipe, task, Notes())[0]["train"]
+    made, found = task.check({"train": train}, {"train": str(path)})
+    (unknown,) = (one for one in found if one.kind == "unknown_role")
+    assert [one["role"] for one in unknown.examples] == ["alien", "assistant with tool_calls"]
+    assert not {"a"} & set(made["train"]["conversation"][:])
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], rows[-3], odd]))
+    again = Recipe.make(model="m", task="instruction", train=[{"messages": turns} for turns in GOOD], test=str(path))
+    splits = prepare._read(again, tasks.of(again), Notes())[0]
+    with pytest.raises(DataError, match=r"a\.jsonl:3: a turn has a role that is unknown\n.*alien"):
+        tasks.of(again).check(splits, {"train": "train", "test": str(path)})
+
+
+@pytest.mark.parametrize(
     ("row", "says"),
     [
         (talk("u:a"), "the row has no answer"),

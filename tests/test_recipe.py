@@ -171,6 +171,7 @@ def test_training_keys_are_those_of_transformers() -> None:
     ("keys", "says"),
     [
         ({"modell": "m"}, "unknown key modell, did you mean model?"),
+        ({"temperature": 0.5}, "temperature: texts are written greedily or by beams, never by chance"),
         ({"lerning_rate": 1}, "unknown key lerning_rate, did you mean learning_rate?"),
         ({"data": {"trian": "a.csv"}}, "unknown key data.trian, did you mean train?"),
         ({"goal": {"maximise": "accuracy"}}, "unknown key goal.maximise, did you mean maximize?"),

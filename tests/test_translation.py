@@ -118,6 +118,11 @@ def test_how_texts_look() -> None:
     assert task.right(stats).tolist() == [False, False, False, True, False]
     told = task.errors(stats, rows, [{"text": text} for text in said])
     assert told["written"]["cut_off"] == told["written"]["repeating"] == told["written"]["empty"] == 1
+    count, most = len(stats["cut"]), task.settings["max_new_tokens"]
+    assert task.looks(stats) == [
+        f"of {count} texts 1 have no end within max_new_tokens ({most}), 1 repeat themselves, 1 are empty"
+    ]
+    assert task.looks({name: np.zeros(20) for name in ("cut", "repeats", "empty")}) == []
     assert told["best_rows"][0] == {"row": 3, "text": "a b c d", "gold": "k l", "predicted": "k l"}
 
 
@@ -290,6 +295,9 @@ def test_bad_input_is_told(model: str, tmp_path: Path, base: Path) -> None:
         api.tune(model=model, train=[{"source": "a", "words": "b"}] * 4, **asked)
     with pytest.raises(ModelError, match="a bert cannot write"):
         api.tune(model=str(base), train=DATA["train"], **asked)
+    bart = tiny.save_writer(tmp_path / "bart", "bart")
+    with pytest.raises(ModelError, match=r"max_new_tokens: 100000 is more than .*\n.*at most \d+"):
+        api.tune(model=str(bart), train=DATA["train"], max_new_tokens=100000, **asked)
     silent = [*DATA["test"][:5], {"source": "a b", "target": None}]
     with pytest.raises(DataError, match="the row has no target"):
         api.tune(model=model, train=DATA["train"], test=silent, **asked)

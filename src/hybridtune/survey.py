@@ -88,7 +88,7 @@ def _near_findings(
         did = f"kept: {rows_of} almost equal to {'others' if within else f'rows of {split}'}"
         did += f", in {len(mine)} pairs" if len(mine) != count else ""
         did += "" if within or other == "train" else ", so that a score on them is too good"
-        found.append(Finding("near_duplicate", split, len(mine), did, "info" if within else "warning", examples))
+        found.append(Finding("near_duplicate", split, count, did, "info" if within else "warning", examples))
     return found
 
 

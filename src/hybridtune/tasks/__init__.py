@@ -267,6 +267,10 @@ class Task(ABC):
     def errors(self, stats: Stats, rows: Dataset, predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What evaluation.json says of where the model is wrong."""
 
+    def looks(self, stats: Stats) -> list[str]:
+        """What is odd about the predictions as such, whatever was right: a sentence each."""
+        return []
+
     def kept(self, metrics: dict[str, Any]) -> list[tuple[str, bool]]:
         """What was asked for beside the goal: in a sentence each how rows stand to it, and whether they keep it.
 

@@ -29,6 +29,7 @@ IGNORED = -100
 GENERATE_ON = 200  # rows: a text takes a forward a token, and all validation rows often more than an epoch does
 SHOWN = 10
 EXAMPLE = 300  # characters
+MANY_ODD = 0.1  # of the texts
 REPEATED = 4  # times that three words stand in a text which repeats itself, or one behind the other
 
 
@@ -359,6 +360,18 @@ class WritingTask(tasks.Task):
             "best_rows": shown(order[::-1][:count]),
             "worst_rows": shown(order[:count]),
         }
+
+    def looks(self, stats: Stats) -> list[str]:
+        """That many texts do not end, repeat themselves or are empty."""
+        count, most = len(stats["cut"]), self.settings["max_new_tokens"]
+        kinds = {
+            "cut": f"have no end within max_new_tokens ({most})",
+            "repeats": "repeat themselves",
+            "empty": "are empty",
+        }
+        found = [(int(stats[name].sum()), said) for name, said in kinds.items()]
+        told = [f"{odd} {said}" for odd, said in found if odd > MANY_ODD * count]
+        return [f"of {count} texts " + ", ".join(told)] if told else []
 
     @property
     def reading(self) -> str:

@@ -49,7 +49,7 @@ class Prompts:
         if not self.template[last.end() :]:
             raise ModelError(
                 "template: a decoder without a chat template has to be told where its answer begins",
-                found=self.template,
+                found=f"nothing behind {last.group()}",
                 expected=f"words behind {last.group()}",
                 mend=f"such as template: '{self.template}\\nAnswer: '",
             )

@@ -62,9 +62,15 @@ def set_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
         The generation_config.
 
     Raises:
-        ModelError: a setting is of beam search, and there is one beam.
+        ModelError: a setting is of beam search, and there is one beam; or texts would be longer than positions are.
     """
     config: Any = model.generation_config
+    most = settings.get("max_new_tokens")
+    if most is not None and most > max(longest(model, most, 0), MAX_NEW_TOKENS):  # the default is cut to what there is
+        raise ModelError(
+            f"max_new_tokens: {most} is more than the model has positions for",
+            expected=f"at most {longest(model, most, 0)}",
+        )
     for key in _UNSET:
         setattr(config, key, None)
     config.do_sample, config.pad_token_id = False, tokenizer.pad_token_id

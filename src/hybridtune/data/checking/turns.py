@@ -57,7 +57,7 @@ def turns_of(value: Any, role: str = "user") -> list[Turn]:
         raise ValueError("is no conversation")
     turns = []
     for one in value:
-        one = _written(one) if isinstance(one, str) else one
+        one = _written(one, among_turns=True) if isinstance(one, str) else one
         if isinstance(one, str):
             turns.append({"role": role, "content": one})
         elif isinstance(one, list):
@@ -83,6 +83,8 @@ def _turn(value: Any) -> Turn:
     role = _ALIASES.get(role, role)
     if role == "assistant" and any(value.get(key) in (0, False) for key in _LEARNT):
         raise ValueError("a turn of the assistant's is marked as one not to be learnt, but all that it says is")
+    if value.get("tool_calls"):  # what it says beside them would be learnt as if it had called nothing
+        role = f"{role} with tool_calls"
     return {"role": role, "content": content}
 
 
@@ -94,24 +96,30 @@ def _part(part: Any) -> str:
     raise ValueError("a turn has parts that are no texts")
 
 
-def _written(text: str) -> Any:
-    """Returns what a text writes out as JSON, where all of that is turns; else the text, which may be about JSON."""
+def _written(text: str, among_turns: bool = False) -> Any:
+    """Returns what a text writes out as JSON, where all of that is turns; else the text, which may be about JSON.
+
+    Args:
+        text: by itself it is turns only where one has a role that is known.
+        among_turns: it stands where a turn is expected. A file whose rows are of several forms is read so.
+    """
     if text.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(text)
         except ValueError:
             return text
-        turns = value if isinstance(value, list) else [value]
-        if turns and all(map(_is_turn, turns)):
+        roles = [_role_of(turn) for turn in (value if isinstance(value, list) else [value])]
+        if roles and all(roles) and (among_turns or {*ROLES, *_ALIASES}.intersection(roles)):
             return value
     return text
 
 
-def _is_turn(value: Any) -> bool:
+def _role_of(value: Any) -> str:
+    """Whose turn something is, by the name that it has there; empty where it is no turn."""
     if not isinstance(value, dict) or not any(key in value for key in _CONTENT):
-        return False
+        return ""
     who = next((value[key] for key in _ROLE if key in value), None)
-    return isinstance(who, str) and who.strip().lower() in {*ROLES, *_ALIASES}
+    return who.strip().lower() if isinstance(who, str) else ""
 
 
 def turns_of_history(value: Any) -> list[Turn]:

@@ -89,7 +89,7 @@ class JsonReader:
                         entry = self.decoder.decode(bare)
                     except (ValueError, RecursionError) as error:
                         problem = f"the line is not JSON ({_message(error)})"
-                        _, column, _, mend = _explain(bare, error)
+                        _, column, _, mend = _explain(bare, error, "line")
                     else:
                         if isinstance(entry, dict):
                             yield number, self._repaired(entry, bare), len(line)
@@ -232,7 +232,7 @@ def _message(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _explain(text: str, error: Exception) -> tuple[int, int, str, str | None]:
+def _explain(text: str, error: Exception, what: str = "file") -> tuple[int, int, str, str | None]:
     """Where it goes wrong, what stands there, and what to do, where that can be told."""
     if not isinstance(error, json.JSONDecodeError):
         return 1, 1, text[:_SHOWN].strip(), None
@@ -245,7 +245,7 @@ def _explain(text: str, error: Exception) -> tuple[int, int, str, str | None]:
     elif (before == "," and text[error.pos : error.pos + 1] in ("}", "]")) or "trailing comma" in error.msg:
         mend = "take out the comma after the last entry"
     elif error.pos >= len(text.rstrip()):
-        mend = "the file ends too early: copy it once more, or close what is open"
+        mend = f"the {what} ends too early: copy it once more, or close what is open"
     return error.lineno, error.colno, found, mend
 
 
