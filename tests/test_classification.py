@@ -170,7 +170,7 @@ def test_text_pairs(tune: Callable[..., hybridtune.Run]) -> None:
             scores = run.model(**batch).logits.softmax(-1)[0].tolist()
         assert list(said["scores"].values()) == pytest.approx(scores, abs=1e-5)
     assert run.predict([{"text": "a good b", "text_pair": "c"}]) == run.predict(rows[:1])
-    with pytest.raises(DataError, match="no column for text_pair"):
+    with pytest.raises(DataError, match="one value, but a row has text and text_pair"):
         run.predict(["a good b"])
     assert api.export_run(run.folder, run.folder.parent / "out")["difference"] < 1e-5
     assert hybridtune.load(run.folder.parent / "out").predict(rows) == run.predict(rows)
