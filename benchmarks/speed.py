@@ -4,6 +4,7 @@
     python benchmarks/speed.py --methods lora --texts snips --pairs 5
     python benchmarks/speed.py --model bert-base --methods full lora
     python benchmarks/speed.py --accuracy                 # the same epochs on both sides, three seeds
+    python benchmarks/speed.py --profile                  # where the time goes, ours and peer (b)
     python benchmarks/speed.py --page                     # write docs/performance.md, run nothing
 
 One process measures one method on one kind of texts: ours, peer (a) and peer (b) in turn, so many times as `--pairs`
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from record import Record
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+NOTHING = nullcontext()
 RECORD = Record("speed")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -61,7 +64,8 @@ GOALS = {
 RANDOM = ("bert-base", "llama")  # models with random weights; their texts are cut by MiniLM's tokenizer
 POOL, ROWS = 1600, {"news": 160, "snips": 1600}  # what steps draw from; rows of whole epochs and of predictions
 BATCH = 32
-STEPS = 6
+# With short texts a step is short, and what is done once for each of the first shapes would be most of few of them.
+STEPS = {"news": 6, "snips": 30}
 # Products of a token with a weight of the layers: forwards, backwards to its input, and to the weight if it is trained.
 PRODUCTS = {"full": 3, "lora": 2, "adapter": 2, "prompt": 2, "predict": 1}
 RULES: dict[str, list[dict[str, Any]]] = {
@@ -72,6 +76,15 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "lora-top2": [{"part": "layers[-2:]", "method": "lora", "r": 16}, {"part": "head", "method": "full"}],
     "head": [{"part": "head", "method": "full"}],
 }
+# What torch's operations are for; what it calls by other names, and Python itself, is the rest.
+KINDS = {
+    "products with weights": r"aten::(mm|addmm)",
+    "attention": r"aten::(bmm|baddbmm|masked_fill_|_?softmax|_softmax_backward_data|_scaled_dot_product.*)",
+    "dropout": r"aten::(random_|bernoulli_|ge_|native_dropout.*)",
+    "optimizer": r"aten::(_fused_adamw_|linalg_vector_norm)",
+    "copies, casts, sums": r"aten::(copy_|fill_|index_(select|add_|copy)|cat|add_?|mul_?|sum|div_|where)",
+    "norms, GELU": r"aten::(native_layer_norm.*|gelu.*)",
+}
 
 
 def main() -> None:
@@ -81,18 +94,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--accuracy", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--accuracy", dest="kind", action="store_const", const="accuracy", default="speed")
+    kinds.add_argument("--profile", dest="kind", action="store_const", const="profile")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "TEXTS"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
         method, texts = asked.measure
-        work = accuracy(asked, method, texts) if asked.accuracy else measure(asked, method, texts)
-        for row in work:
+        for row in {"speed": measure, "accuracy": accuracy, "profile": profile}[asked.kind](asked, method, texts):
             print(json.dumps(row), flush=True)
         return
     if not asked.page:
-        for texts in ["snips"] if asked.accuracy else asked.texts:
+        for texts in ["snips"] if asked.kind == "accuracy" else asked.texts:
             for method in asked.methods:
                 run(asked, method, texts)
     PAGE.write_text(page(RECORD.rows()), "utf-8")
@@ -100,18 +114,17 @@ def main() -> None:
 
 def run(asked: argparse.Namespace, method: str, texts: str) -> None:
     """Measures in a process of its own, and appends what comes."""
-    kind = "accuracy" if asked.accuracy else "speed"
-    if kind == "accuracy" and method == "predict":
+    if (asked.kind == "accuracy" and method == "predict") or (asked.kind == "profile" and method in EPOCHS):
         return
-    key = [kind, asked.model, method, texts]
+    key = [asked.kind, asked.model, method, texts]
     there = [row for row in RECORD.rows() if row["key"] == key]
-    if any(kind == "accuracy" or row["processor"] == processor() for row in there):
+    if any(asked.kind == "accuracy" or row["processor"] == processor() for row in there):
         return
     command = [sys.executable, __file__, "--measure", method, texts, *sys.argv[1:]]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"side"')]
     RECORD.add({"key": key, "runs": runs, "matrix_weights": matrix_weights(asked.model), **machine()})
-    print(key, summary(runs) if kind == "speed" else runs, flush=True)
+    print(key, summary(runs) if asked.kind == "speed" else runs, flush=True)
 
 
 @functools.cache
@@ -227,17 +240,54 @@ def peer_model(name: str, method: str, labels: int, attention: str) -> Any:
 
 def measure(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict[str, Any]]:
     """Runs the three sides in turn."""
-    rows = texts_of(asked.data, texts, ROWS[texts] if method in (*EPOCHS, "predict") else POOL)
-    once: Callable[..., dict[str, Any]] = predict_once if method == "predict" else train_once
-    faster = bf16_is_faster()
+    once, faster = once_of(asked, method, texts), bf16_is_faster()
     bf16 = {"ours": faster, "a": False, "b": faster}
-    trial = {attention: once(asked.model, method, rows, "b", attention, bf16["b"]) for attention in ("sdpa", "eager")}
+    trial = {attention: once("b", attention, faster) for attention in ("sdpa", "eager")}
     best = max(trial, key=lambda attention: trial[attention]["tokens_per_second"])
     for _ in range(asked.pairs):
         for side, attention in (("ours", "sdpa"), ("a", "sdpa"), ("ours", "sdpa"), ("b", best)):
-            yield {"side": side, "attention": attention, "bf16": bf16[side]} | once(
-                asked.model, method, rows, side, attention, bf16[side]
-            )
+            yield {"side": side, "attention": attention, "bf16": bf16[side]} | once(side, attention, bf16[side])
+
+
+def once_of(asked: argparse.Namespace, method: str, texts: str) -> Callable[..., dict[str, Any]]:
+    """One run of a side: its name, its attention, whether in bf16, and what its work is done within."""
+    rows = texts_of(asked.data, texts, ROWS[texts] if method in (*EPOCHS, "predict") else POOL)
+    if method == "predict":
+        return functools.partial(predict_once, asked.model, rows)
+    length = {"num_train_epochs": EPOCHS[method]} if method in EPOCHS else {"max_steps": STEPS[texts]}
+    return functools.partial(train_once, asked.model, method, rows, length)
+
+
+def profile(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict[str, Any]]:
+    """Runs ours and peer (b) with either attention, and says what torch's operations take the time for."""
+    once, faster = once_of(asked, method, texts), bf16_is_faster()
+    for side, attention in (("ours", "sdpa"), ("b", "sdpa"), ("b", "eager")):
+        took: dict[str, float] = {}
+        once(side, attention, faster)  # what a process does once
+        found = once(side, attention, faster, timed(took))
+        once(side, attention, faster, profiled(took))
+        yield {"side": side, "attention": attention, "bf16": faster, "took": took} | found
+
+
+@contextmanager
+def timed(took: dict[str, float]) -> Iterator[None]:
+    """Puts down the seconds of all, which with a profiler would be more."""
+    begun = time.perf_counter()
+    yield
+    took["all"] = time.perf_counter() - begun
+
+
+@contextmanager
+def profiled(took: dict[str, float]) -> Iterator[None]:
+    """Puts down the seconds of each of KINDS."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        yield
+    for event in seen.key_averages():
+        for kind, names in KINDS.items():
+            if re.fullmatch(names, event.key):
+                took[kind] = took.get(kind, 0.0) + event.self_cpu_time_total / 1e6
 
 
 def matrix_weights(name: str) -> int:
@@ -304,7 +354,16 @@ def trainer_of(
     return trainer
 
 
-def train_once(name: str, method: str, texts: list[str], side: str, attention: str, bf16: bool) -> dict[str, Any]:
+def train_once(
+    name: str,
+    method: str,
+    texts: list[str],
+    length: dict[str, Any],
+    side: str,
+    attention: str,
+    bf16: bool,
+    around: AbstractContextManager[Any] = NOTHING,
+) -> dict[str, Any]:
     """One training; the clock runs from the end of its first step, or over whole epochs."""
     import torch
     from transformers import PrinterCallback, TrainerCallback
@@ -319,10 +378,9 @@ def train_once(name: str, method: str, texts: list[str], side: str, attention: s
             times.append((time.perf_counter(), seen))
 
     tokenizer = loaded(MINILM if name in RANDOM else name, 4)[1]
-    rows, whole = dataset(tokenizer, texts), EPOCHS.get(method)
+    rows = dataset(tokenizer, texts)
     memory = PeakMemory(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        length = {"num_train_epochs": whole} if whole else {"max_steps": STEPS}
         trainer = trainer_of(name, method, rows, side, attention, 4, arguments(side, folder, bf16, **length))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Clock())
@@ -335,15 +393,23 @@ def train_once(name: str, method: str, texts: list[str], side: str, attention: s
 
         trainer.training_step = counted
         begun = time.perf_counter()
-        trainer.train()
+        with around:
+            trainer.train()
         ended = time.perf_counter()
-    if whole:
-        return figures(seen, len(texts) * whole, ended - begun, memory.peak())
+    if "num_train_epochs" in length:
+        return figures(seen, len(texts) * length["num_train_epochs"], ended - begun, memory.peak())
     (first, before), (last, after) = times[0], times[-1]
-    return figures(after - before, BATCH * (STEPS - 1), last - first, memory.peak())
+    return figures(after - before, BATCH * (len(times) - 1), last - first, memory.peak())
 
 
-def predict_once(name: str, method: str, texts: list[str], side: str, attention: str, bf16: bool) -> dict[str, Any]:
+def predict_once(
+    name: str,
+    texts: list[str],
+    side: str,
+    attention: str,
+    bf16: bool,
+    around: AbstractContextManager[Any] = NOTHING,
+) -> dict[str, Any]:
     """Logits of all rows."""
     import torch
     from transformers import Trainer
@@ -358,13 +424,15 @@ def predict_once(name: str, method: str, texts: list[str], side: str, attention:
     with tempfile.TemporaryDirectory() as folder:
         if side == "ours":
             begun = time.perf_counter()
-            predict.Predictor(model, tokenizer, Task(), 512, BATCH, bf16=bf16).logits(rows)
+            with around:
+                predict.Predictor(model, tokenizer, Task(), 512, BATCH, bf16=bf16).logits(rows)
         else:
             given = arguments(side, folder, bf16, bf16_full_eval=bf16)
             trainer = Trainer(model, given, processing_class=tokenizer)
             ordered = rows.select(sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"])))
             begun = time.perf_counter()
-            trainer.predict(ordered if side == "b" else rows)
+            with around:
+                trainer.predict(ordered if side == "b" else rows)
     seconds = time.perf_counter() - begun
     return figures(sum(map(len, rows["input_ids"])), len(rows), seconds, memory.peak())
 
@@ -470,6 +538,7 @@ def page(rows: list[dict[str, Any]]) -> str:
                 "In these rows PEFT's side of lora, lora-top2 and prompt trained the head's last layer alone, as PEFT",
                 f"does unasked; since {WHOLE_HEAD_SINCE} the script has it train the whole head, as ours does.",
             ]
+        lines += _profiles([row for row in rows if (row["key"][:2], row["processor"]) == (["profile", name], made_by)])
     accuracies = [row for row in rows if row["key"][0] == "accuracy"]
     if accuracies:
         lines += [
@@ -515,6 +584,33 @@ def _line(row: dict[str, Any]) -> str:
         ]
     cells += ["-" if found[peer]["memory"] is None else f"{found[peer]['memory']:.2f}x ours" for peer in ("a", "b")]
     return "| " + " | ".join(cells) + " |"
+
+
+def _profiles(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the time goes, and what would be left of it if products with weights were all that takes any."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Where the time goes (`--profile`), ours beside the faster of peer (b)'s two ways, in percent of each side's",
+        "own time. The last column bounds the ratio to peer (b): what it would be if nothing but products with weights",
+        "took ours any time, at the rate that they ran at.",
+        "",
+        "| method | texts | side | " + " | ".join(KINDS) + " | rest | bound |",
+        "|---|---|---|" + "---|" * (len(KINDS) + 2),
+    ]
+    for row in rows:
+        _, _, method, texts = row["key"]
+        ours, *others = row["runs"]
+        best = max(others, key=lambda run: run["tokens_per_second"])
+        for run in (ours, best):
+            took = run["took"]
+            shares = [took.get(kind, 0.0) / took["all"] for kind in KINDS]
+            cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
+            bound = ours["tokens_per_second"] / best["tokens_per_second"] / shares[0] if run is ours else None
+            side = "ours" if run is ours else f"(b), {run['attention']}"
+            lines.append(f"| {method} | {texts} | {side} | {' | '.join(cells)} | {f'{bound:.1f}' if bound else ''} |")
+    return lines
 
 
 def _ways(rows: list[dict[str, Any]], side: str) -> str:

@@ -310,6 +310,12 @@ def test_predictions_in_bf16_are_those_of_autocast(tune: Any, monkeypatch: pytes
     torch.testing.assert_close(torch.tensor(single), plain, rtol=1e-4, atol=1e-4 * scale)
     torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=0.02 * scale)
     assert not np.allclose(found, single, rtol=1e-5, atol=0), "bf16 rounds"
+    matrix = run.model.get_submodule("bert.encoder.layer.0.intermediate.dense").weight
+    half.predictor.batch_size = 1
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # in which nothing can be counted
+    with Count(tuple(matrix.shape)) as counted:
+        half.predictor.logits(items)
+    assert counted.casts == len(run.model.bert.encoder.layer), "once for all batches"
     with pytest.raises(RecipeError, match="bf16 without rows"):
         evaluate_run(run.folder, None, bf16=True)
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
@@ -383,6 +389,20 @@ class TestCasts:
                 with casts.open():
                     self.under_autocast(layer, inputs)
         assert (plain.casts, counted.casts) == (4, 1)
+
+    @pytest.mark.parametrize(
+        ("training", "grad", "casts"), [(False, False, 1), (False, True, 4), (True, False, 4), (True, True, 4)]
+    )
+    def test_what_is_trained_once_in_evaluation_without_gradients(self, training: bool, grad: bool, casts: int) -> None:
+        layer, inputs = self.layer()
+        layer.requires_grad_(True).train(training)
+        copies, outputs = Casts(layer), []
+        with Count((5, 7)) as counted:
+            for _ in range(4):
+                with copies.open(), torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+                    outputs.append(layer(inputs))
+        assert counted.casts == casts
+        assert all(output.requires_grad is grad for output in outputs)
 
     def test_the_layer_is_as_it_was(self) -> None:
         layer, inputs = self.layer()

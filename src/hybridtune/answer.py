@@ -14,6 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 
 from . import engine as engines
 from .engine import Engine, proof
+from .engine.casts import Casts
 from .guard import is_out_of_memory
 from .tasks import Task
 
@@ -86,14 +87,19 @@ def run(
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
     results: dict[int, np.ndarray] = {}
     engine: Engine | None = None
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    casts = Casts(model)  # a model that writes would cast all its weights for every token
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        casts.open() if bf16 else nullcontext(),
+    ):
         while order:
             numbers = order[:batch_size]
             try:
                 batch = {key: value.to(device) for key, value in collate([rows[n] for n in numbers]).items()}
                 few = proof.rows_of_batch(batch) if fast and engine is None else None
                 engine = engines.start(model, few) if few else engine
-                with engine.open() if engine else nullcontext():
+                with engine.open(casts) if engine else nullcontext():
                     found = compute(batch)
                 given = (found.float() if found.is_floating_point() else found).cpu().numpy()
             except RuntimeError as error:

@@ -131,7 +131,7 @@ def attention(
     for number, (q, k, v) in enumerate(groups):
         if bias is not None:
             known["position_bias"] = kwargs["position_bias"] = bias[:, :, : q.shape[2], : k.shape[2]]
-        if inner is sdpa_attention_forward and products.pays(q, k, v, p):
+        if inner is sdpa_attention_forward and products.pays(q, k, p):
             found, _ = products.attention(module, q, k, v, mask.of(number), **known)
         else:
             found, _ = inner(module, q, k, v, mask.of(number), **kwargs)

@@ -1,4 +1,4 @@
-"""Frozen weights cast to the type of autocast once, instead of in every forward."""
+"""Weights that do not change cast to the type of autocast once, instead of in every forward."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ def compute_type(tensor: torch.Tensor) -> torch.dtype:
 
 
 class Casts:
-    """Copies of a model's frozen linear weights in the type that autocast would cast them to in every forward.
+    """Copies of a model's linear weights in the type that autocast would cast them to in every forward.
+
+    Of frozen ones always, of others where nothing is trained: in evaluation mode without gradients.
 
     The weights themselves stay as they are: while `open()` is entered, forwards compute with the copies, and nothing
     else sees them. A checkpoint in the middle of a stage, a fingerprint, a merge and the user's callbacks find the fp32
-    originals, of which nothing has to be given back. What is trained is never copied, and a copy of what was loaded
-    anew, or trained for a while, is made again.
+    originals, of which nothing has to be given back. A copy of what was loaded anew, or trained for a while, is made
+    again.
 
     Copies take half the bytes of the fp32 weights, beside them, for as long as this object lives. Plain autocast has as
     much from every forward to its backward, which needs the cast weights.
@@ -57,7 +59,7 @@ class Casts:
             yield
 
     def weight(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-        """A frozen layer's weight in the type that autocast computes in."""
+        """A layer's weight, without a gradient, in the type that autocast computes in."""
         weight = linear.weight
         state = weight.data_ptr(), weight._version
         known = self._copies.get(linear)
@@ -68,7 +70,8 @@ class Casts:
 
     def _run(self, linear: Any, inputs: torch.Tensor) -> torch.Tensor:
         weight, dtype = linear.weight, autocast_type(inputs.device)
-        if dtype is None or weight.requires_grad or weight.dtype != torch.float32:
+        trains = weight.requires_grad and (linear.training or torch.is_grad_enabled())
+        if dtype is None or trains or weight.dtype != torch.float32:
             self._copies.pop(linear, None)
             return nn.Linear.forward(linear, inputs)
         return F.linear(inputs, self.weight(linear, dtype), linear.bias)
