@@ -24,7 +24,6 @@ from record import Record
 
 import hybridtune
 from hybridtune.console import Console
-from hybridtune.recipe import built_in_strategies
 
 RECORD = Record("accuracy")
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -43,17 +42,27 @@ class Set:
     keys: dict[str, Any] = field(default_factory=dict)
 
 
+STRATEGIES = [
+    "head",
+    "lora",
+    "adapter",
+    "full",
+    "lp-ft",
+    "top-full-lora-below",
+    "full-then-lora",
+    "full-then-adapter",
+]
 # The values of the Hugging Face question-answering example.
 SQUAD = {"max_length": 384, "doc_stride": 128, "num_train_epochs": 3, "per_device_train_batch_size": 16}
 SETS = {
-    "sms_spam_tiny": Set(built_in_strategies()),
-    "xlmt_sentiment/en": Set(built_in_strategies()),
+    "sms_spam_tiny": Set(STRATEGIES),
+    "xlmt_sentiment/en": Set(STRATEGIES),
     "banking77": Set(["full", "lora"]),
     "squad_subset": Set(
         ["full", "lora", "lp-ft", "top-full-lora-below"], "question_answering", ("f1", "exact_match"), 1.0, SQUAD
     ),
-    "snips": Set(["full", "lora", "head"]),
-    "thucnews_titles_zh": Set(["full", "lora", "head"]),
+    "snips": Set(STRATEGIES),
+    "thucnews_titles_zh": Set(STRATEGIES),
 }
 
 

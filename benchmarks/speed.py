@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ GOALS = {
     "head": (20, 8),
     "predict": (5, 2),
 }
-RANDOM = ("bert-base", "llama")  # models with random weights; their texts are cut by MiniLM's tokenizer
+RANDOM = ("bert-base", "llama", "t5")  # models with random weights; their texts are cut by MiniLM's tokenizer
 POOL, ROWS = 1600, {"news": 160, "snips": 1600}  # what steps draw from; rows of whole epochs and of predictions
 BATCH = 32
 # With short texts a step is short, and what is done once for each of the first shapes would be most of few of them.
@@ -90,7 +90,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--model", default=MINILM, help=f"{MINILM}, bert-base, llama, or a folder")
+    parser.add_argument("--model", default=MINILM, help=f"{MINILM}, {', '.join(RANDOM)}, or a folder")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--texts", nargs="+", default=list(TEXTS), choices=TEXTS)
     parser.add_argument("--pairs", type=int, default=5)
@@ -201,6 +201,16 @@ def loaded(name: str, labels: int, attention: str = "sdpa") -> Any:
                 num_labels=labels,
             )
         )
+    elif name == "t5":
+        model = hf.T5ForSequenceClassification(  # reads a text by its encoder and again by its decoder
+            hf.T5Config(
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                decoder_start_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.sep_token_id,
+                num_labels=labels,
+            )
+        )
     else:
         model = models.load(name, "AutoModelForSequenceClassification", num_labels=labels).model
     model.set_attn_implementation(attention)
@@ -264,17 +274,9 @@ def profile(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict
     for side, attention in (("ours", "sdpa"), ("b", "sdpa"), ("b", "eager")):
         took: dict[str, float] = {}
         once(side, attention, faster)  # what a process does once
-        found = once(side, attention, faster, timed(took))
+        found = once(side, attention, faster)  # the profiler itself takes time
         once(side, attention, faster, profiled(took))
         yield {"side": side, "attention": attention, "bf16": faster, "took": took} | found
-
-
-@contextmanager
-def timed(took: dict[str, float]) -> Iterator[None]:
-    """Puts down the seconds of all, which with a profiler would be more."""
-    begun = time.perf_counter()
-    yield
-    took["all"] = time.perf_counter() - begun
 
 
 @contextmanager
@@ -376,6 +378,8 @@ def train_once(
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             times.append((time.perf_counter(), seen))
+            if len(times) == 1:
+                within.enter_context(around)
 
     tokenizer = loaded(MINILM if name in RANDOM else name, 4)[1]
     rows = dataset(tokenizer, texts)
@@ -393,7 +397,7 @@ def train_once(
 
         trainer.training_step = counted
         begun = time.perf_counter()
-        with around:
+        with ExitStack() as within:
             trainer.train()
         ended = time.perf_counter()
     if "num_train_epochs" in length:
@@ -605,7 +609,7 @@ def _profiles(rows: list[dict[str, Any]]) -> list[str]:
         best = max(others, key=lambda run: run["tokens_per_second"])
         for run in (ours, best):
             took = run["took"]
-            shares = [took.get(kind, 0.0) / took["all"] for kind in KINDS]
+            shares = [took.get(kind, 0.0) / run["seconds"] for kind in KINDS]
             cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
             bound = ours["tokens_per_second"] / best["tokens_per_second"] / shares[0] if run is ours else None
             side = "ours" if run is ours else f"(b), {run['attention']}"

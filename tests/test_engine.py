@@ -225,10 +225,10 @@ def test_layout_against_a_loop(fill: bool) -> None:
     assert torch.equal(layout.pack(values)[0, : len(expected)], expected)
     assert layout.pack(values).shape[1] == (16 if fill else len(expected))
     assert torch.equal(layout.unpack(layout.pack(values)), values * mask.unsqueeze(-1))
-    groups = [(group.rows, group.length) for group in layout.exact.groups]
+    groups = [(group.rows, group.length) for group in layout.apart(merge=False).groups]
     assert groups == [((4,), 1), ((0, 2), 2), ((1,), 3), ((3,), 4)]
     assert layout.longest == 4
-    for one in (layout, layout.exact):
+    for one in (layout, layout.apart(merge=False)):
         packed = layout.pack(values)
         joined = one.join(one.split(packed, 1))
         assert torch.equal(joined[:, : len(expected)], packed[:, : len(expected)])
@@ -297,7 +297,29 @@ def test_rows_are_padded_in_attention_where_a_call_costs_more() -> None:
         len(before.rows) * (after.lengths[0] ** 2 - before.length**2) > CALL["cpu"]
         for before, after in itertools.pairwise(layout.groups)
     )
-    assert len(layout.groups) < len(set(lengths.tolist())) == len(layout.exact.groups)
+    assert len(layout.groups) < len(set(lengths.tolist())) == len(layout.apart(merge=False).groups)
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["padded", "of one length"])
+def test_what_a_row_is_padded_to_may_follow_from_its_own_length(merge: bool) -> None:
+    """In whatever batch it is; nothing of it is lost."""
+    torch.manual_seed(0)
+    found: dict[int, set[int]] = {}
+    for _ in range(5):
+        lengths = torch.randint(1, 70, (12,))
+        mask = torch.arange(70) < lengths[:, None]
+        whole = Layout.of(mask)
+        layout = whole.apart(merge)
+        for group in layout.groups:
+            assert group.length <= layout.widest
+            for length in group.lengths:
+                found.setdefault(length, set()).add(group.length)
+        packed = layout.pack(torch.randn(12, 70, 2))
+        assert torch.equal(layout.join(layout.split(packed, 1)), packed)
+    assert all(len(padded) == 1 for padded in found.values())
+    assert {length: min(padded) for length, padded in found.items()} == {
+        length: -(-length // 16) * 16 if merge else length for length in found
+    }
 
 
 def trained(name: str, folder: Path, asked: str) -> tuple[HybridTrainer, list[float]]:

@@ -9,6 +9,7 @@ same function, and only where the model asked for one or the group has padding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,9 +47,11 @@ class Mask:
             self._crossed[id(queries)] = queries, Mask(keys, self.asked, own)
         return self._crossed[id(queries)][1]
 
-    def with_exact(self) -> Mask:
-        """The mask over rows that are not padded to the length of others."""
-        return Mask(self.keys.exact, self.asked, self.queries.exact)
+    @cached_property
+    def apart(self) -> Mask:
+        """The mask of self-attention in which what a row is padded to does not depend on the others."""
+        layout = self.keys.apart(merge=is_plain(self.asked["mask_function"]))
+        return Mask(layout, self.asked, layout)
 
     def of(self, group: int) -> torch.Tensor | None:
         """The mask of a group's queries over its keys, as the model's own implementation wants it."""

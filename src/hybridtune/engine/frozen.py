@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -165,23 +166,26 @@ def _needs_gradient(value: Any) -> bool:
 
 def keys_of(batch: dict[str, Any]) -> list[bytes]:
     """What tells the rows of a batch apart: all that it has for each of them but labels, without padding."""
-    mask = batch["attention_mask"].bool().cpu()
+    mask = batch["attention_mask"].bool().cpu().numpy()
     tables = {
-        name: value.detach().cpu()
+        name: (value.shape[:2] == mask.shape, _bytes(value.detach().cpu(), value.shape[:2] == mask.shape))
         for name, value in sorted(batch.items())
         if name != "labels" and is_row(value, len(mask))
     }
     keys = []
-    for row, seen in enumerate(mask):
+    for row, (seen, count) in enumerate(zip(mask, mask.sum(1).tolist(), strict=True)):
+        begins = bool(seen[:count].all())
         own = [
-            name.encode() + _bytes(table[row][seen] if table.shape[:2] == mask.shape else table[row])
-            for name, table in tables.items()
+            name.encode() + (table[row] if not each else table[row, :count] if begins else table[row, seen]).tobytes()
+            for name, (each, table) in tables.items()
         ]
-        if not seen[: int(seen.sum())].all():  # padding on the left: positions may depend on how much
-            own.append(_bytes(seen.nonzero()))
+        if not begins:  # padding on the left: positions may depend on how much
+            own.append(seen.nonzero()[0].tobytes())
         keys.append(b"".join(own))
     return keys
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(table: torch.Tensor, each: bool) -> np.ndarray:
+    """A tensor's bytes, [rows, bytes]; [rows, tokens, bytes] of what has a place for each token."""
+    flat = table.contiguous().view(*table.shape[: 1 + each], -1)
+    return flat.view(torch.uint8).numpy()

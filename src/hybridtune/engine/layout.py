@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+STEP = 16  # tokens between the lengths that rows are padded to where none may depend on the others
 LEAST = 16  # tokens between two sizes of a packed row that is filled up
 SIZES = 16  # from one length to its double
 
@@ -29,15 +30,17 @@ class Group:
     Attributes:
         rows: numbers of these rows in the padded batch.
         lengths: of each, in tokens.
+        least: tokens that they are padded to at least.
     """
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
+    least: int = 0
 
     @cached_property
     def length(self) -> int:
-        """Of the longest row."""
-        return max(self.lengths)
+        """Tokens that rows are padded to."""
+        return max(*self.lengths, self.least)
 
     @cached_property
     def tokens(self) -> int:
@@ -46,7 +49,7 @@ class Group:
 
     @cached_property
     def even(self) -> bool:
-        """Whether all rows have one length."""
+        """Whether no row is padded."""
         return min(self.lengths) == self.length
 
     @cached_property
@@ -145,10 +148,23 @@ class Layout:
         ends = itertools.accumulate(self.lengths.values(), initial=0)
         return torch.tensor([*ends], dtype=torch.int32, device=self.index.device)
 
-    @cached_property
-    def exact(self) -> Layout:
-        """The same packing with a group for every length: no row is padded to the length of another."""
-        return replace(self, groups=_grouped(self.lengths, self.lengths, call=0)[0])
+    @property
+    def widest(self) -> int:
+        """Tokens that no group's rows are padded beyond."""
+        return _stepped(self.longest)
+
+    def apart(self, merge: bool) -> Layout:
+        """The same packing with groups in which what a row is padded to follows from its own length alone.
+
+        Args:
+            merge: whether rows may be padded.
+        """
+        padded = {row: _stepped(length) if merge else length for row, length in self.lengths.items()}
+        groups = []
+        for least, together in itertools.groupby(self.lengths, key=padded.__getitem__):
+            rows = tuple(together)
+            groups.append(Group(rows, tuple(self.lengths[row] for row in rows), least))
+        return replace(self, groups=tuple(groups))
 
     @cached_property
     def columns(self) -> tuple[torch.Tensor, ...]:
@@ -202,6 +218,10 @@ class Layout:
         return torch.unflatten(
             empty.index_copy(0, self.index[: self.tokens], packed[0, : self.tokens]), 0, (rows, width)
         )
+
+
+def _stepped(tokens: int) -> int:
+    return -(-tokens // STEP) * STEP
 
 
 def filled(tokens: int) -> int:

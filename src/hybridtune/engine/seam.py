@@ -171,7 +171,7 @@ class _Stack:
     def _handed_on(self) -> torch.Tensor:
         """The bias by distance, which T5's first layer computes for all."""
         assert self.layout is not None
-        bias: torch.Tensor = self.biases[0].compute_bias(self.layout.longest, self.layout.longest)
+        bias: torch.Tensor = self.biases[0].compute_bias(self.layout.widest, self.layout.widest)
         return bias
 
     def _recall(self, layout: Layout) -> torch.Tensor:
@@ -181,10 +181,9 @@ class _Stack:
 
     def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
         """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
-        if self.layout is None:
-            return own(query_length, key_length, **kwargs)
-        longest = self.layout.longest
-        return own(min(query_length, longest), min(key_length, longest), **kwargs)
+        if self.layout is not None:
+            query_length = key_length = self.layout.widest
+        return own(query_length, key_length, **kwargs)
 
     def _enter(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,7 +214,7 @@ class _Stack:
                 crossed = other is not None and _from_encoder(name)
                 if crossed:
                     return carry(other.with_queries(own.keys), value.detach())  # type: ignore[union-attr]
-                return carry(own.with_exact(), value.detach()) if self.stops else value
+                return carry(own.apart, value.detach()) if self.stops else value
             layout = (other.keys if other else None) if _from_encoder(name) else own.keys
             return layout.pack(value) if layout else value
 
