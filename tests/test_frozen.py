@@ -393,12 +393,13 @@ def test_weights_that_are_changed_in_the_middle(build: Callable[..., HybridTrain
 
 
 def test_what_else_a_row_has_tells_it_apart() -> None:
-    """Boxes of words, and how far the padding on the left reaches."""
+    """Boxes of words, and how far the padding on the left reaches; not what only a decoder is given."""
     batch = {"input_ids": torch.tensor([[5, 6], [5, 6]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
     same = keys_of(batch)
     assert same[0] == same[1]
     boxes = keys_of(batch | {"bbox": torch.arange(16).view(2, 2, 4)})
     assert boxes[0] != boxes[1]
+    assert same == keys_of(batch | {"decoder_input_ids": torch.arange(4).view(2, 2)})
     left = [
         keys_of({"input_ids": torch.tensor([[0] * n + [5, 6]]), "attention_mask": torch.tensor([[0] * n + [1, 1]])})
         for n in (1, 2)

@@ -390,19 +390,42 @@ class TestCasts:
                     self.under_autocast(layer, inputs)
         assert (plain.casts, counted.casts) == (4, 1)
 
-    @pytest.mark.parametrize(
-        ("training", "grad", "casts"), [(False, False, 1), (False, True, 4), (True, False, 4), (True, True, 4)]
-    )
-    def test_what_is_trained_once_in_evaluation_without_gradients(self, training: bool, grad: bool, casts: int) -> None:
+    @pytest.mark.parametrize(("still", "casts"), [(True, 1), (False, 4)], ids=["predicting", "training"])
+    def test_what_could_be_trained_only_where_nothing_is(self, still: bool, casts: int) -> None:
         layer, inputs = self.layer()
-        layer.requires_grad_(True).train(training)
-        copies, outputs = Casts(layer), []
+        layer.requires_grad_(True).eval()
+        copies = Casts(layer, still)
         with Count((5, 7)) as counted:
             for _ in range(4):
-                with copies.open(), torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
-                    outputs.append(layer(inputs))
+                with copies.open(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    layer(inputs)
         assert counted.casts == casts
-        assert all(output.requires_grad is grad for output in outputs)
+
+    def test_an_optimizer_that_hides_its_writes(self) -> None:
+        """Evaluations between updates see what was written to `.data`, which counts no versions."""
+        layer, inputs = self.layer()
+        layer.requires_grad_(True).eval()
+        copies = Casts(layer)
+        seen = []
+        for _ in range(2):
+            with copies.open(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                seen.append(layer(inputs))
+            layer.weight.data.mul_(2)
+        before, after = seen
+        torch.testing.assert_close(after - layer.bias, 2 * (before - layer.bias), rtol=0.02, atol=0.02)
+
+    def test_given_up_where_memory_is_short(self) -> None:
+        layer, inputs = self.layer()
+        copies = Casts(layer)
+        assert not copies.give_up(), "there were none"
+        copies = Casts(layer)
+        with Count((5, 7)) as counted:
+            for number in range(4):
+                with copies.open(), torch.autocast("cpu", torch.bfloat16):
+                    layer(inputs)
+                if number == 1:
+                    assert copies.give_up()
+        assert counted.casts == 3, "once, and then in every forward"
 
     def test_the_layer_is_as_it_was(self) -> None:
         layer, inputs = self.layer()

@@ -68,7 +68,8 @@ def run(
         model: put into evaluation mode.
         items: the columns that it takes.
         tokenizer: pads them.
-        batch_size: items at a time; halved where memory does not suffice.
+        batch_size: items at a time; halved where memory does not suffice, even without the copies of weights that
+            bf16 is faster with.
         compute: of a batch, something with an entry for each of its items.
         per_token: whether that has a place for every token.
         fast: whether it runs through the engine, without padding.
@@ -87,7 +88,7 @@ def run(
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
     results: dict[int, np.ndarray] = {}
     engine: Engine | None = None
-    casts = Casts(model)  # a model that writes would cast all its weights for every token
+    casts = Casts(model, still=True)  # a model that writes would cast all its weights for every token
     with (
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
@@ -103,9 +104,10 @@ def run(
                     found = compute(batch)
                 given = (found.float() if found.is_floating_point() else found).cpu().numpy()
             except RuntimeError as error:
-                if not is_out_of_memory(error) or len(numbers) == 1:
+                spared = is_out_of_memory(error) and casts.give_up()
+                if not is_out_of_memory(error) or (len(numbers) == 1 and not spared):
                     raise
-                batch_size = -(-len(numbers) // 2)
+                batch_size = batch_size if spared else -(-len(numbers) // 2)
                 given = None
             if given is None:  # outside of the handler, whose error holds what was computed
                 gc.collect()

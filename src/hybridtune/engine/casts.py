@@ -27,8 +27,6 @@ def compute_type(tensor: torch.Tensor) -> torch.dtype:
 class Casts:
     """Copies of a model's linear weights in the type that autocast would cast them to in every forward.
 
-    Of frozen ones always, of others where nothing is trained: in evaluation mode without gradients.
-
     The weights themselves stay as they are: while `open()` is entered, forwards compute with the copies, and nothing
     else sees them. A checkpoint in the middle of a stage, a fingerprint, a merge and the user's callbacks find the fp32
     originals, of which nothing has to be given back. A copy of what was loaded anew, or trained for a while, is made
@@ -39,9 +37,13 @@ class Casts:
 
     Args:
         model: as a stage has it.
+        still: whether nothing is trained meanwhile: then weights that could be are copied as frozen ones are. Not every
+            optimizer lets a write be seen.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, still: bool = False) -> None:
+        self._still = still
+        self._keeps = True
         self._linear = [
             module
             for module in model.modules()
@@ -58,6 +60,12 @@ class Casts:
                     patch(module, "forward", partial(self._run, module), undo)
             yield
 
+    def give_up(self) -> bool:
+        """Drops all copies and keeps none from now on, where memory is short; whether there were any."""
+        had, self._keeps = bool(self._copies), False
+        self._copies.clear()
+        return had
+
     def weight(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
         """A layer's weight, without a gradient, in the type that autocast computes in."""
         weight = linear.weight
@@ -65,13 +73,15 @@ class Casts:
         known = self._copies.get(linear)
         if known is None or known[0] != state or known[-1].dtype != dtype:
             original = weight.detach()  # kept, so that no other tensor gets its place in memory
-            known = self._copies[linear] = state, original, original.to(dtype)
+            known = state, original, original.to(dtype)
+            if self._keeps:
+                self._copies[linear] = known
         return known[-1]
 
     def _run(self, linear: Any, inputs: torch.Tensor) -> torch.Tensor:
         weight, dtype = linear.weight, autocast_type(inputs.device)
-        trains = weight.requires_grad and (linear.training or torch.is_grad_enabled())
-        if dtype is None or trains or weight.dtype != torch.float32:
+        trained = weight.requires_grad and not self._still
+        if dtype is None or trained or weight.dtype != torch.float32:
             self._copies.pop(linear, None)
             return nn.Linear.forward(linear, inputs)
         return F.linear(inputs, self.weight(linear, dtype), linear.bias)

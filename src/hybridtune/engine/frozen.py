@@ -165,12 +165,15 @@ def _needs_gradient(value: Any) -> bool:
 
 
 def keys_of(batch: dict[str, Any]) -> list[bytes]:
-    """What tells the rows of a batch apart: all that it has for each of them but labels, without padding."""
+    """What tells the rows of a batch apart: all that it has for each of them, without padding.
+
+    But for labels, and what a decoder is given: it comes after the first stack.
+    """
     mask = batch["attention_mask"].bool().cpu().numpy()
     tables = {
         name: (value.shape[:2] == mask.shape, _bytes(value.detach().cpu(), value.shape[:2] == mask.shape))
         for name, value in sorted(batch.items())
-        if name != "labels" and is_row(value, len(mask))
+        if name != "labels" and not name.startswith("decoder_") and is_row(value, len(mask))
     }
     keys = []
     for row, (seen, count) in enumerate(zip(mask, mask.sum(1).tolist(), strict=True)):

@@ -150,18 +150,26 @@ class Layout:
 
     @property
     def widest(self) -> int:
-        """Tokens that no group's rows are padded beyond."""
-        return _stepped(self.longest)
+        """Tokens that no group's rows are padded beyond, `apart` or not."""
+        return _up_to(self.longest, STEP)
 
     def apart(self, merge: bool) -> Layout:
-        """The same packing with groups in which what a row is padded to follows from its own length alone.
+        """The same packing with groups in which a row is computed as its own length says, whatever the others are.
+
+        What it is padded to follows from that alone; rows that need no padding have a group of their own, since
+        attention without a mask may round in another way.
 
         Args:
             merge: whether rows may be padded.
         """
-        padded = {row: _stepped(length) if merge else length for row, length in self.lengths.items()}
+
+        def computed(row: int) -> tuple[int, bool]:
+            length = self.lengths[row]
+            padded = _up_to(length, STEP) if merge else length
+            return padded, length == padded
+
         groups = []
-        for least, together in itertools.groupby(self.lengths, key=padded.__getitem__):
+        for (least, _), together in itertools.groupby(self.lengths, key=computed):
             rows = tuple(together)
             groups.append(Group(rows, tuple(self.lengths[row] for row in rows), least))
         return replace(self, groups=tuple(groups))
@@ -220,8 +228,9 @@ class Layout:
         )
 
 
-def _stepped(tokens: int) -> int:
-    return -(-tokens // STEP) * STEP
+def _up_to(tokens: int, step: int) -> int:
+    """The next multiple of a step."""
+    return -(-tokens // step) * step
 
 
 def filled(tokens: int) -> int:
@@ -232,8 +241,7 @@ def filled(tokens: int) -> int:
     On a CPU oneDNN makes code for every size of a product in half precision, in milliseconds and some 600 KiB of memory
     each, and keeps up to 1,024 of them.
     """
-    step: int = max(LEAST, 2 ** (tokens.bit_length() - 1) // SIZES)
-    return -(-tokens // step) * step
+    return _up_to(tokens, max(LEAST, 2 ** (tokens.bit_length() - 1) // SIZES))
 
 
 def _call(tensor: torch.Tensor, merge: bool) -> int:

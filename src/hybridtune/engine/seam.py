@@ -171,7 +171,7 @@ class _Stack:
     def _handed_on(self) -> torch.Tensor:
         """The bias by distance, which T5's first layer computes for all."""
         assert self.layout is not None
-        bias: torch.Tensor = self.biases[0].compute_bias(self.layout.widest, self.layout.widest)
+        bias: torch.Tensor = self.biases[0].compute_bias(self.layout.longest, self.layout.longest)
         return bias
 
     def _recall(self, layout: Layout) -> torch.Tensor:
@@ -182,7 +182,7 @@ class _Stack:
     def _bias(self, own: Any, query_length: int, key_length: int, **kwargs: Any) -> Any:
         """T5's bias by distance: for the longest row instead of the packed one, of which attention takes corners."""
         if self.layout is not None:
-            query_length = key_length = self.layout.widest
+            query_length = key_length = self.layout.widest if self.stops else self.layout.longest
         return own(query_length, key_length, **kwargs)
 
     def _enter(
