@@ -120,6 +120,43 @@ def test_an_encoder_decoder_gives_the_same(name: str, masked: bool) -> None:
     check_equal(model, padded() | more)
 
 
+@pytest.mark.parametrize("what", ["text", "decoder_input_ids", "labels"])
+@pytest.mark.parametrize("name", tiny.SEQ2SEQ)
+def test_a_decoder_that_is_given_no_mask_reads_no_padding(name: str, what: str) -> None:
+    """transformers has it compute padding behind the text as it does text; what it gives for tokens is the same."""
+    if what == "text" and name == "marian":
+        pytest.skip("it has no classifier")
+    ids = target()["decoder_input_ids"]
+    model, batch, tokens = tiny.language_model(name), padded(), int(ids.ne(0).sum())
+    if what == "text":
+        model, tokens = shaken(tiny.classifier(name)), sum(LENGTHS)
+    elif what == "labels":
+        batch["labels"] = ids.masked_fill(ids == 0, -100)
+        batch["labels"][2, 1] = -100  # a gap
+    else:
+        batch[what] = ids
+    places: list[int] = []
+
+    def of_tokens() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        output = model(**batch)
+        kept = output.logits[ids.ne(0)] if what != "text" else output.logits
+        total = (kept**2).mean() if what != "labels" else output.loss
+        total.backward()
+        return kept.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected, gradients = of_tokens()
+    with seam_of(model).open():
+        last = find_stacks(dict(model.named_modules()))[1].layers[-1]
+        model.get_submodule(last).register_forward_pre_hook(lambda layer, args: places.append(args[0].shape[1]))
+        found, packed_gradients = of_tokens()
+    assert places == [tokens]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[key], gradient, rtol=1e-3, atol=1e-5 * largest, msg=key)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "gpt2"])
 def test_either_implementation_is_wrapped(name: str, implementation: str) -> None:
