@@ -12,10 +12,11 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from . import engine, guard, tasks
 from . import stage as stages
-from .engine import Caches, Engine, proof, vocabulary
+from .engine import Caches, Engine, heap, proof, vocabulary
 from .engine.batches import is_rows
 from .engine.casts import Casts
 from .engine.microbatch import by_length, by_tokens
@@ -83,6 +84,12 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self.compute_loss_func = self._loss_asked
         # Of frozen weights. DataParallel's replicas have weights of their own, and compiled code its own casts.
         self._casts = Casts(self.model) if self.accelerator.native_amp and not self._sharded else None
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's; on a CPU with memory that is not given back between steps."""
+        fast = self._engine_asked == "auto" and self.args.device.type == "cpu"
+        with heap.kept() if fast else nullcontext():
+            return super().train(*args, **kwargs)
 
     def _let_go(self) -> None:
         """Gives back what was kept in memory for a training."""
