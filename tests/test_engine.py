@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers as hf
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
@@ -19,7 +20,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
-from hybridtune.engine import Caches, dropout, lora, products, proof
+from hybridtune.engine import Caches, decoder, dropout, lora, products, proof
 from hybridtune.engine.attention import Mask
 from hybridtune.engine.layout import CALL, Layout, filled
 from hybridtune.engine.patch import patch
@@ -120,41 +121,99 @@ def test_an_encoder_decoder_gives_the_same(name: str, masked: bool) -> None:
     check_equal(model, padded() | more)
 
 
-@pytest.mark.parametrize("what", ["text", "decoder_input_ids", "labels"])
-@pytest.mark.parametrize("name", tiny.SEQ2SEQ)
-def test_a_decoder_that_is_given_no_mask_reads_no_padding(name: str, what: str) -> None:
-    """transformers has it compute padding behind the text as it does text; what it gives for tokens is the same."""
-    if what == "text" and name == "marian":
-        pytest.skip("it has no classifier")
-    ids = target()["decoder_input_ids"]
-    model, batch, tokens = tiny.language_model(name), padded(), int(ids.ne(0).sum())
-    if what == "text":
-        model, tokens = shaken(tiny.classifier(name)), sum(LENGTHS)
-    elif what == "labels":
-        batch["labels"] = ids.masked_fill(ids == 0, -100)
-        batch["labels"][2, 1] = -100  # a gap
-    else:
-        batch[what] = ids
-    places: list[int] = []
+def check_used_places(model: Any, given: dict[str, Any], plain: dict[str, Any], used: Any, places: int) -> None:
+    """A decoder computes so many places packed, and gives for used ones what it gives padded, and gradients as then."""
 
-    def of_tokens() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def found(batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()
-        output = model(**batch)
-        kept = output.logits[ids.ne(0)] if what != "text" else output.logits
-        total = (kept**2).mean() if what != "labels" else output.loss
-        total.backward()
-        return kept.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        logits = model(**batch).logits[used]
+        (logits**2).mean().backward()
+        return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    expected, gradients = of_tokens()
+    expected, gradients = found(plain)
+    seen: list[int] = []
+    last = find_stacks(dict(model.named_modules()))[1].layers[-1]
     with seam_of(model).open():
-        last = find_stacks(dict(model.named_modules()))[1].layers[-1]
-        model.get_submodule(last).register_forward_pre_hook(lambda layer, args: places.append(args[0].shape[1]))
-        found, packed_gradients = of_tokens()
-    assert places == [tokens]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        model.get_submodule(last).register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
+        logits, packed_gradients = found(given)
+    assert seen == [places]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for key, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[key], gradient, rtol=1e-3, atol=1e-5 * largest, msg=key)
+
+
+TARGETS = {
+    "as usual": [[5, 6, 7, 3], [8, 3], [9, 9, 9, 3], [3], [4, 5, 6, 7, 8, 3]],
+    "a gap before the last label": [[5, 6, -100, 3], [8, 3], [9, -100, 3], [3], [4, 5, 6, 7, -100, 3]],
+    "only gaps before it": [[-100, -100, 3], [8, 3], [-100, 3], [3], [4, 5, 6, 7, 8, 3]],
+}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("labels_given", [True, False])
+@pytest.mark.parametrize("name", tiny.SEQ2SEQ)
+def test_a_decoder_without_a_mask_computes_no_padding(
+    name: str, labels_given: bool, targets: list[list[int]], side: str
+) -> None:
+    """transformers has it compute padding behind a target as it does the target."""
+    model, width = tiny.language_model(name), 6
+    filled = [([-100] * (width - len(row)) + row if side == "left" else row) for row in targets]
+    labels = torch.tensor([row + [-100] * (width - len(row)) for row in filled])
+    made = decoder.complete(model, padded() | {"labels": labels})
+    plain = {key: value for key, value in made.items() if key != "labels"}
+    if labels_given:
+        given, places = padded() | {"labels": labels}, sum(map(len, filled))
+    else:  # as a training does, which computes the loss itself
+        given = {key: value for key, value in decoder.told(model, made).items() if key != "labels"}
+        places = sum(min(len(row) + 1, width) for row in filled)  # the end is among the tokens
+    check_used_places(model, given, plain, labels != -100, places)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2, 0, 1]), torch.rand(5, 3)], ids=["none", "one", "each"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_classifier_that_reads_its_text_twice_computes_no_padding(name: str, labels: torch.Tensor | None) -> None:
+    """Also where a row has a label for each class: those are no tokens."""
+    model = shaken(tiny.classifier(name, num_labels=3))
+    batch = padded() | ({} if labels is None else {"labels": labels})
+    places = sum(min(length + 1, max(LENGTHS)) for length in LENGTHS)
+    check_used_places(model, batch, batch, slice(None), places)
+
+
+def test_an_answer_behind_the_text() -> None:
+    """T5Gemma's decoder is asked one place further on."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    part = {**sizes, "head_dim": 8, "intermediate_size": 64, "vocab_size": 100}
+    config = hf.T5GemmaConfig(encoder=part, decoder={**part, "is_decoder": True}, vocab_size=100, pad_token_id=0)
+    torch.manual_seed(0)
+    check_equal(shaken(hf.T5GemmaForSequenceClassification(config)), padded())
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        ("t5", {"decoder_input_ids": torch.zeros(5, 4, dtype=torch.long)}),  # nobody knows what for
+        ("t5", {"labels": torch.zeros(5, 4, 2, dtype=torch.long)}),
+        ("bert", {"labels": torch.zeros(5, 12, dtype=torch.long)}),
+    ],
+    ids=["tokens alone", "labels of another kind", "no decoder"],
+)
+def test_where_nothing_tells_what_a_decoder_reads_it_is_given_no_mask(name: str, batch: dict[str, Any]) -> None:
+    model = tiny.language_model(name) if name == "t5" else tiny.classifier(name)
+    whole = padded() | batch
+    assert decoder.told(model, whole) is whole
+
+
+def test_questions_are_answered_from_all_places() -> None:
+    """A model's own loss puts them into one softmax, padding too."""
+    model = tiny.headed("t5", "QuestionAnswering")
+    ends = torch.tensor([1, 2, 1, 2, 3])
+    batch = padded() | {"start_positions": ends, "end_positions": ends}
+    expected = model(**batch).loss
+    assert decoder.told(model, batch) is batch
+    with seam_of(model).open():
+        torch.testing.assert_close(model(**batch).loss, expected)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

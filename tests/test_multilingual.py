@@ -13,7 +13,7 @@ import transformers as hf
 from datasets import Dataset
 
 from hybridtune import answer, tasks
-from hybridtune.engine import vocabulary
+from hybridtune.engine import decoder, vocabulary
 from hybridtune.errors import ModelError
 from hybridtune.tasks import summarization
 from hybridtune.tasks.translation import Task
@@ -94,7 +94,7 @@ def test_texts_are_marked_and_the_model_begins_as_it_was_taught(name: str, tmp_p
     labels = items["labels"][0]
     assert 2 in labels
     assert (labels[0] if name in IN_FRONT else labels[-1]) == ids[target]
-    taught = vocabulary.complete(model, {"labels": torch.tensor([labels])})["decoder_input_ids"][0].tolist()
+    taught = decoder.complete(model, {"labels": torch.tensor([labels])})["decoder_input_ids"][0].tolist()
     with torch.no_grad():
         written = model.generate(
             input_ids=torch.tensor([items["input_ids"][0]]), attention_mask=torch.tensor([items["attention_mask"][0]])
@@ -153,10 +153,10 @@ def test_the_loss_in_chunks_is_the_models_own(name: str, tmp_path: Path) -> None
     task.prepare(model, tokenizer)
     items = task.encode(ROWS, tokenizer, 32)
     batch = dict(task.collator(tokenizer)(tasks.for_the_model(items, tokenizer, labels=True).to_list()))
-    found = vocabulary.start(model, vocabulary.head_of(model), batch)
+    found = vocabulary.start(model, decoder.head_of(model), batch)
     assert found.on, found.reason
     with torch.no_grad():
-        rest = vocabulary.complete(model, dict(batch))
+        rest = decoder.complete(model, dict(batch))
         labels = rest.pop("labels")
         torch.testing.assert_close(task.loss(model(**rest), labels), model(**batch).loss)
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridtune import engine
-from hybridtune.engine import vocabulary
+from hybridtune.engine import decoder, vocabulary
 from hybridtune.engine.vocabulary import Vocabulary
 from hybridtune.recipe import Stage
 from hybridtune.train import HybridTrainer
@@ -56,13 +56,13 @@ def labelled(prompt: int = 2) -> dict[str, torch.Tensor]:
 
 
 def started(model: nn.Module, batch: dict[str, torch.Tensor]) -> Vocabulary:
-    head = vocabulary.head_of(model)
+    head = decoder.head_of(model)
     assert head is not None
     return vocabulary.start(model, head, batch)
 
 
 def chunked(found: Vocabulary, batch: dict[str, torch.Tensor], items: int | None = None) -> torch.Tensor:
-    rest = vocabulary.complete(found.model, batch)
+    rest = decoder.complete(found.model, batch)
     labels = rest["labels"]
     with found.open(labels):
         outputs = found.model(**{key: value for key, value in rest.items() if key != "labels"})
@@ -140,7 +140,7 @@ def test_against_a_loop() -> None:
 @pytest.mark.parametrize("name", ["llama", "tied", "t5", "masked"])
 def test_lora_on_the_head(name: str, options: dict[str, Any]) -> None:
     model = MODELS[name]()
-    head = next(key for key, module in model.named_modules() if module is vocabulary.head_of(model))
+    head = next(key for key, module in model.named_modules() if module is decoder.head_of(model))
     peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=[head], **options), model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tiny.shake(trained, by=0.3)
@@ -246,7 +246,7 @@ def test_there_are_never_more_logits_than_a_chunk(name: str, trained: str, monke
     """More rows in a chunk than the hidden width, since the head's weight, transposed, looks like logits."""
     monkeypatch.setitem(vocabulary.CHUNK, "cpu", 40 * 4 * WIDTH)
     model, batch = MODELS[name](), {key: value.repeat(8, 1) for key, value in labelled().items()}
-    head = vocabulary.head_of(model)
+    head = decoder.head_of(model)
     assert head is not None
     head.requires_grad_(trained == "all")
     found = started(model, batch)
@@ -312,8 +312,8 @@ def test_other_structures_are_left_alone() -> None:
     assert "cannot run without logits" in started(twice, batch).reason
     flat = {**batch, "labels": torch.tensor([0, 1, 0, 1, 0])}
     assert started(tiny.language_model("llama"), flat).reason == "its batches are no rows with a label for each token"
-    assert vocabulary.head_of(tiny.classifier("bert")) is None
-    assert vocabulary.head_of(nn.Linear(2, 2)) is None
+    assert decoder.head_of(tiny.classifier("bert")) is None
+    assert decoder.head_of(nn.Linear(2, 2)) is None
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:

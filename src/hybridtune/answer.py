@@ -68,8 +68,8 @@ def run(
         model: put into evaluation mode.
         items: the columns that it takes.
         tokenizer: pads them.
-        batch_size: items at a time; halved where memory does not suffice, even without the copies of weights that
-            bf16 is faster with.
+        batch_size: items at a time; halved where memory does not suffice; a single item is tried without the copies of
+            weights that bf16 is faster with, too.
         compute: of a batch, something with an entry for each of its items.
         per_token: whether that has a place for every token.
         fast: whether it runs through the engine, without padding.
@@ -104,10 +104,9 @@ def run(
                     found = compute(batch)
                 given = (found.float() if found.is_floating_point() else found).cpu().numpy()
             except RuntimeError as error:
-                spared = is_out_of_memory(error) and casts.give_up()
-                if not is_out_of_memory(error) or (len(numbers) == 1 and not spared):
+                if not is_out_of_memory(error) or (len(numbers) == 1 and not casts.give_up()):
                     raise
-                batch_size = batch_size if spared else -(-len(numbers) // 2)
+                batch_size = -(-len(numbers) // 2)
                 given = None
             if given is None:  # outside of the handler, whose error holds what was computed
                 gc.collect()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from pathlib import Path
 
 import torch
+
+from . import heap
 
 
 class PeakMemory:
@@ -39,9 +40,9 @@ class PeakMemory:
 
 def _reset() -> int | None:
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        heap.give_back()
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):  # musl, or a container that forbids it
+    except OSError:  # a container that forbids it
         return None
     return _status("VmRSS")
 

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from . import engine, guard, tasks
+from . import engine, guard, heap, tasks
 from . import stage as stages
-from .engine import Caches, Engine, heap, proof, vocabulary
+from .engine import Caches, Engine, decoder, proof, vocabulary
 from .engine.batches import is_rows
 from .engine.casts import Casts
 from .engine.microbatch import by_length, by_tokens
@@ -247,12 +247,17 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         if self._task is not None:
             inputs = self._task.with_labels(inputs)
         if self._whole_loss is not None and self.compute_loss_func == self._whole_loss:
-            inputs = vocabulary.complete(self.model, inputs)
+            inputs = self._completed(inputs)
         if self.vocabulary is None or self.compute_loss_func != self._token_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = vocabulary.complete(self.model, inputs)
+        inputs = self._completed(inputs)
         with nullcontext() if self._logits_wanted else self.vocabulary.open(inputs["labels"]):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _completed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch as a model takes it that is not given its labels."""
+        made = decoder.complete(self.model, inputs)
+        return decoder.told(self.model, made) if self.engine and self.engine.on else made
 
     def prediction_step(
         self,
@@ -321,7 +326,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     def _try_vocabulary(self, inputs: Any) -> None:
         """Goes back to Trainer's loss (or the task's), and says so, where a few rows show that a model's is another."""
-        head = vocabulary.head_of(self.model) if self.compute_loss_func == self._token_loss else None
+        head = decoder.head_of(self.model) if self.compute_loss_func == self._token_loss else None
         if head is None:
             return
         with self.compute_loss_context_manager(), self.accelerator.autocast():
@@ -365,7 +370,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     def _loss_in_chunks(self) -> Any:
         """The loss of language models, until a batch shows that a model's own differs; None where it cannot be."""
-        possible = not self._sharded and self._engine_asked == "auto" and vocabulary.head_of(self.model) is not None
+        possible = not self._sharded and self._engine_asked == "auto" and decoder.head_of(self.model) is not None
         return self._token_loss if possible else None
 
     def _token_loss(

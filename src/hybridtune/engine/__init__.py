@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..errors import first_line
 from ..layers import find_stacks
-from . import dropout, lora, proof, vocabulary
+from . import decoder, dropout, lora, proof, vocabulary
 from .casts import Casts, autocast_type, compute_type
 from .embedding import Tables
 from .frozen import Caches as Caches
@@ -28,7 +29,7 @@ from .seam import Seam
 WHOLE, ROUNDINGS = 1e-4, 10
 # What a model's own code raises when its layers are given other shapes.
 WRONG = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
-Ask = Callable[[], torch.Tensor]
+Ask = Callable[[bool], torch.Tensor]  # whether the engine is open
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -103,7 +104,7 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
     with in_evaluation(model):
         with torch.no_grad():
             ask = _question(model, batch)
-            padded = ask()
+            padded = ask(False)
             problem = _check(engine, ask, padded)
         if problem:
             return replace(engine, seam=None, reason=problem)
@@ -150,7 +151,7 @@ def _frozen(model: nn.Module, ask: Ask, seam: Seam, caches: Caches) -> Frozen | 
 def _lowest_trained(seam: Seam, ask: Ask) -> tuple[int, tuple[nn.Module, ...], set[nn.Module]]:
     torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
     with seam.open():
-        return lowest_trained(seam.stacks[0].layers, ask)
+        return lowest_trained(seam.stacks[0].layers, partial(ask, True))
 
 
 def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
@@ -158,7 +159,7 @@ def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
     assert engine.seam is not None
     try:
         with engine.open():
-            packed = ask()
+            packed = ask(True)
             if not engine.seam.reached:
                 return "its attention does not go through transformers' interfaces"
     except WRONG as error:
@@ -171,16 +172,17 @@ def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
 
 def _question(model: nn.Module, batch: dict[str, Any]) -> Ask:
     """What is compared: what goes into a language model's head, whose logits may be larger than memory; else logits."""
-    head = vocabulary.head_of(model)
+    head = decoder.head_of(model)
     if head is not None:
         with suppress(*WRONG, LookupError):
-            _into_head(model, head, batch)
-            return lambda: _into_head(model, head, batch)
-    return lambda: _logits(model, batch)
+            _into_head(model, head, batch, False)
+            return partial(_into_head, model, head, batch)
+    return lambda packed: _logits(model, batch)
 
 
-def _into_head(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    batch = vocabulary.complete(model, batch)
+def _into_head(model: nn.Module, head: nn.Module, batch: dict[str, Any], packed: bool) -> torch.Tensor:
+    batch = decoder.complete(model, batch)
+    batch = decoder.told(model, batch) if packed else batch
     with vocabulary.without_logits(head) as hidden:
         model(**{key: value for key, value in batch.items() if key != "labels"})
     (answers,) = hidden

@@ -24,6 +24,7 @@ from ..layers import Stack
 from .attention import MARK, Mask, attention, carry, is_plain, of
 from .batches import is_row
 from .casts import autocast_type
+from .decoder import told
 from .frozen import Frozen, keys_of
 from .layout import Layout
 from .patch import in_evaluation, patch
@@ -43,9 +44,6 @@ class Seam:
         self._writes = False  # the model is generating
         self.stacks = [_Stack([model.get_submodule(name) for name in stack.layers]) for stack in stacks]
         self._configs = interface.configs(model.modules())
-        config = getattr(model, "config", None)
-        taken = inspect.signature(model.forward).parameters
-        self._decodes = getattr(config, "is_encoder_decoder", False) and "decoder_attention_mask" in taken
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -90,10 +88,7 @@ class Seam:
         if self.frozen and not looked_into and not self.stacks[0].stops and kwargs.get("attention_mask") is not None:
             self.frozen.calm()
             self.stacks[0].known = self._known(self.frozen, kwargs)
-        if not self._decodes or args or looked_into:
-            return None
-        read = _read(kwargs, getattr(config, "pad_token_id", None))
-        return None if read is None else (args, {**kwargs, "decoder_attention_mask": read})
+        return None if args or looked_into else (args, told(model, kwargs))
 
     def _known(self, frozen: Frozen, batch: dict[str, Any]) -> list[torch.Tensor]:
         """For every row of a batch what the frozen layers give it; what is not kept yet is computed and kept."""
@@ -128,25 +123,6 @@ class Seam:
     def reached(self) -> bool:
         """Whether the last forward was packed, in every stack."""
         return all(stack.layout is not None for stack in self.stacks)
-
-
-def _read(batch: dict[str, Any], pad: int | None) -> torch.Tensor | None:
-    """What of a decoder's tokens is no padding at its end, [rows, width]; None where nothing tells, or a mask is given.
-
-    transformers gives a decoder no mask and lets it read padding as it does text: what comes before never sees it, and
-    what it gives there is not used.
-    """
-    if any(batch.get(f"decoder_{what}") is not None for what in ("attention_mask", "inputs_embeds")):
-        return None
-    given, labels, mask = (batch.get(name) for name in ("decoder_input_ids", "labels", "attention_mask"))
-    used = None
-    if given is not None:
-        used = None if pad is None else given != pad
-    elif labels is not None and labels.dim() == 2:
-        used = labels != -100
-    elif batch.get("input_ids") is not None and mask is not None and bool(mask[:, 0].all()):
-        used = mask.bool()  # a classifier's decoder reads the encoder's text once more
-    return None if used is None else used.flip(1).cummax(1).values.flip(1)
 
 
 def _set(config: Any, name: str | None, cache: bool | None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torch.nn import functional
 from ..errors import first_line
 from . import proof
 from .batches import is_rows
+from .decoder import IGNORED, complete
 from .patch import in_evaluation
 
 # Bytes of a chunk's logits, in 32-bit floats. A trained head's gradient is added to once a chunk, which on a GPU costs
 # more than small chunks save.
 CHUNK = {"cpu": 2**26, "cuda": 2**30}
-IGNORED = -100
 WINDOW = 32  # columns that the proof is made on
 SPREAD = 10.0  # of made-up logits: what caps or scales logits shows there
 WHOLE, ROUNDINGS = 1e-5, 1  # by which losses may differ, which are means: see `proof.allowed`
@@ -161,29 +160,6 @@ class Vocabulary:
         return own, made_up
 
 
-def complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with what an encoder-decoder makes of labels, where it will not be given them."""
-    config: Any = model.config
-    if batch.get("labels") is None or any(
-        batch.get(f"decoder_{what}") is not None for what in ("input_ids", "inputs_embeds")
-    ):
-        return batch
-    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is None and getattr(config, "is_encoder_decoder", False):  # M2M100 and others do it in their forward
-        prepare = partial(_shifted, first=config.decoder_start_token_id, pad=config.pad_token_id)
-    if prepare is None:
-        return batch
-    made = {"use_cache": False, **batch, "decoder_input_ids": prepare(labels=batch["labels"])}
-    if config.model_type == "encoder-decoder" and batch.get("decoder_attention_mask") is None:  # it alone does so
-        made["decoder_attention_mask"] = made["decoder_input_ids"].ne(config.pad_token_id).long()
-    return made
-
-
-def _shifted(labels: torch.Tensor, first: int, pad: int) -> torch.Tensor:
-    before = functional.pad(labels[:, :-1], (1, 0), value=first)
-    return before.masked_fill(before == IGNORED, pad)
-
-
 @contextmanager
 def without_logits(head: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Has a head run on no token; what it would have run on is put into the list."""
@@ -198,13 +174,6 @@ def without_logits(head: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield hidden
     finally:
         handle.remove()
-
-
-def head_of(model: nn.Module) -> nn.Module | None:
-    """The output embeddings of a language model; None for other models."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def start(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> Vocabulary:
