@@ -121,8 +121,24 @@ def test_an_encoder_decoder_gives_the_same(name: str, masked: bool) -> None:
     check_equal(model, padded() | more)
 
 
-def check_used_places(model: Any, given: dict[str, Any], plain: dict[str, Any], used: Any, places: int) -> None:
-    """A decoder computes so many places packed, and gives for used ones what it gives padded, and gradients as then."""
+def check_used_places(
+    model: Any,
+    given: dict[str, Any],
+    plain: dict[str, Any],
+    used: Any,
+    places: int | None,
+    scored: torch.Tensor | None = None,
+) -> None:
+    """A decoder computes so many places packed, and gives for used ones what it gives padded, and gradients as then.
+
+    Args:
+        model: an encoder-decoder.
+        given: in the seam.
+        plain: without it.
+        used: places.
+        places: that the decoder computes; None: all of the batch, padded.
+        scored: labels that the model is not given.
+    """
 
     def found(batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()
@@ -133,10 +149,12 @@ def check_used_places(model: Any, given: dict[str, Any], plain: dict[str, Any], 
     expected, gradients = found(plain)
     seen: list[int] = []
     last = find_stacks(dict(model.named_modules()))[1].layers[-1]
-    with seam_of(model).open():
-        model.get_submodule(last).register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
+    seam = seam_of(model)
+    with seam.open(), seam.scoring(scored):
+        look = model.get_submodule(last).register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[:2]))
         logits, packed_gradients = found(given)
-    assert seen == [places]
+        look.remove()
+    assert seen == [given["decoder_input_ids"].shape if places is None else (1, places)]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for key, gradient in gradients.items():
@@ -164,11 +182,23 @@ def test_a_decoder_without_a_mask_computes_no_padding(
     made = decoder.complete(model, padded() | {"labels": labels})
     plain = {key: value for key, value in made.items() if key != "labels"}
     if labels_given:
-        given, places = padded() | {"labels": labels}, sum(map(len, filled))
-    else:  # as a training does, which computes the loss itself
-        given = {key: value for key, value in decoder.told(model, made).items() if key != "labels"}
-        places = sum(min(len(row) + 1, width) for row in filled)  # the end is among the tokens
-    check_used_places(model, given, plain, labels != -100, places)
+        check_used_places(model, padded() | {"labels": labels}, plain, labels != -100, sum(map(len, filled)))
+    else:  # as in a training, which computes the loss itself; the end is among the tokens
+        places = sum(min(len(row) + 1, width) for row in filled)
+        check_used_places(model, plain, plain, labels != -100, places, labels)
+
+
+@pytest.mark.parametrize("name", [*tiny.SEQ2SEQ, "encoder-decoder"])
+def test_a_mask_that_hides_what_has_a_label(name: str) -> None:
+    """The model's own, of what is no padding token, or a user's: such a forward runs padded, and no other."""
+    model = shaken(tiny.encoder_decoder()) if name == "encoder-decoder" else tiny.language_model(name)
+    labels = torch.tensor([[5, -100, 6, 3], [8, 3, -100, -100], [9, 9, 3, -100], [3, -100, -100, -100], [4, 5, 6, 3]])
+    ids = torch.tensor([[2, 5, 0, 6], [2, 8, 3, 0], [2, 9, 9, 3], [2, 3, 0, 0], [2, 4, 5, 6]])
+    batch = padded() | {"decoder_input_ids": ids, "decoder_attention_mask": ids.ne(0).long()}
+    check_used_places(model, batch, batch, labels != -100, None, labels)
+    labels[0], ids[0] = torch.tensor([5, 6, 3, -100]), torch.tensor([2, 5, 6, 3])
+    batch["decoder_attention_mask"] = ids.ne(0).long()
+    check_used_places(model, batch, batch, labels != -100, int(ids.ne(0).sum()), labels)
 
 
 @pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2, 0, 1]), torch.rand(5, 3)], ids=["none", "one", "each"])
@@ -202,7 +232,7 @@ def test_an_answer_behind_the_text() -> None:
 def test_where_nothing_tells_what_a_decoder_reads_it_is_given_no_mask(name: str, batch: dict[str, Any]) -> None:
     model = tiny.language_model(name) if name == "t5" else tiny.classifier(name)
     whole = padded() | batch
-    assert decoder.told(model, whole) is whole
+    assert decoder.mask_of(model, whole) is None
 
 
 def test_questions_are_answered_from_all_places() -> None:
@@ -211,7 +241,7 @@ def test_questions_are_answered_from_all_places() -> None:
     ends = torch.tensor([1, 2, 1, 2, 3])
     batch = padded() | {"start_positions": ends, "end_positions": ends}
     expected = model(**batch).loss
-    assert decoder.told(model, batch) is batch
+    assert decoder.mask_of(model, batch) is None
     with seam_of(model).open():
         torch.testing.assert_close(model(**batch).loss, expected)
 

@@ -59,6 +59,14 @@ with heap.kept():
         os._exit(int(held - resident() > 0.7 and cleared(4 * BYTES) > 0.7))
     found["a child finds nothing and allocates as ever"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     found["still kept after a fork"] = 1 - cleared()
+child = 0
+with suppress(KeyError), heap.kept():
+    child = os.fork()
+    if not child:
+        raise KeyError
+if not child:
+    os._exit(heap._open == 0)
+found["a child that leaves by an error"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 print(json.dumps(found))
 """
 

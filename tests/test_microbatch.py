@@ -56,6 +56,16 @@ def test_what_is_not_cut() -> None:
     assert [len(piece["labels"]) for piece in by_tokens(whole, 50)] == [2] * 4, "every place is a token"
 
 
+def test_labels_that_are_as_wide_as_the_text_by_chance_stay_as_wide_as_the_decoders_tokens() -> None:
+    whole = batch() | {"labels": torch.full((8, 25), -100), "decoder_input_ids": torch.zeros(8, 25, dtype=torch.long)}
+    whole["labels"][:, 0] = torch.arange(8)
+    for piece in by_tokens(whole, LIMIT):
+        assert piece["labels"].shape == piece["decoder_input_ids"].shape
+        assert torch.equal(piece["labels"], whole["labels"][piece["labels"][:, 0]])
+    del whole["decoder_input_ids"]
+    assert [piece["labels"].shape[1] for piece in by_tokens(whole, LIMIT)] == [7, 9, 12, 25]
+
+
 class Recorder(hf.TrainerCallback):  # type: ignore[misc]
     """Losses and norms that are logged, and an interruption at a step."""
 

@@ -42,13 +42,15 @@ def kept() -> Iterator[None]:
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         yield
         return
+    process = os.getpid()
     _count(1)
     try:
         yield
     finally:
-        _count(-1)
-        if not _open:
-            give_back()
+        if os.getpid() == process:  # a child that comes out of here has been reset
+            _count(-1)
+            if not _open:
+                give_back()
 
 
 def give_back() -> None:

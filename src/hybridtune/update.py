@@ -247,17 +247,18 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         if self._task is not None:
             inputs = self._task.with_labels(inputs)
         if self._whole_loss is not None and self.compute_loss_func == self._whole_loss:
-            inputs = self._completed(inputs)
+            inputs = decoder.complete(self.model, inputs)
         if self.vocabulary is None or self.compute_loss_func != self._token_loss:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = self._completed(inputs)
-        with nullcontext() if self._logits_wanted else self.vocabulary.open(inputs["labels"]):
+            with self._scoring(inputs):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = decoder.complete(self.model, inputs)
+        with self._scoring(inputs), nullcontext() if self._logits_wanted else self.vocabulary.open(inputs["labels"]):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _completed(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch as a model takes it that is not given its labels."""
-        made = decoder.complete(self.model, inputs)
-        return decoder.told(self.model, made) if self.engine and self.engine.on else made
+    def _scoring(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Tells the engine which labels the loss is about; a loss of the user's own may look at all places."""
+        ours = self.compute_loss_func in (None, self._token_loss, self._whole_loss)
+        return self.engine.scoring(inputs.get("labels")) if self.engine and ours else nullcontext()
 
     def prediction_step(
         self,

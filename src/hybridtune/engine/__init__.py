@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from .seam import Seam
 WHOLE, ROUNDINGS = 1e-4, 10
 # What a model's own code raises when its layers are given other shapes.
 WRONG = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
-Ask = Callable[[bool], torch.Tensor]  # whether the engine is open
+Ask = Callable[[], torch.Tensor]
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -69,6 +68,10 @@ class Engine:
                     self.tables.open(undo)
             yield
 
+    def scoring(self, labels: torch.Tensor | None) -> AbstractContextManager[None]:
+        """For forwards that are not given the labels that a loss will be computed with."""
+        return self.seam.scoring(labels) if self.seam else nullcontext()
+
     def __str__(self) -> str:
         if self.seam is None:
             return f"rows with padding: {self.reason}"
@@ -103,8 +106,8 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
     engine = replace(engine, seam=seam)
     with in_evaluation(model):
         with torch.no_grad():
-            ask = _question(model, batch)
-            padded = ask(False)
+            ask = _question(model, seam, batch)
+            padded = ask()
             problem = _check(engine, ask, padded)
         if problem:
             return replace(engine, seam=None, reason=problem)
@@ -151,7 +154,7 @@ def _frozen(model: nn.Module, ask: Ask, seam: Seam, caches: Caches) -> Frozen | 
 def _lowest_trained(seam: Seam, ask: Ask) -> tuple[int, tuple[nn.Module, ...], set[nn.Module]]:
     torch.clear_autocast_cache()  # casts that were made without gradients would hide what is trained
     with seam.open():
-        return lowest_trained(seam.stacks[0].layers, partial(ask, True))
+        return lowest_trained(seam.stacks[0].layers, ask)
 
 
 def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
@@ -159,7 +162,7 @@ def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
     assert engine.seam is not None
     try:
         with engine.open():
-            packed = ask(True)
+            packed = ask()
             if not engine.seam.reached:
                 return "its attention does not go through transformers' interfaces"
     except WRONG as error:
@@ -170,20 +173,19 @@ def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
     return "" if difference <= allowed else f"its logits would be others (by {difference:.1%}, {allowed:.1%} allowed)"
 
 
-def _question(model: nn.Module, batch: dict[str, Any]) -> Ask:
+def _question(model: nn.Module, seam: Seam, batch: dict[str, Any]) -> Ask:
     """What is compared: what goes into a language model's head, whose logits may be larger than memory; else logits."""
     head = decoder.head_of(model)
     if head is not None:
         with suppress(*WRONG, LookupError):
-            _into_head(model, head, batch, False)
-            return partial(_into_head, model, head, batch)
-    return lambda packed: _logits(model, batch)
+            _into_head(model, seam, head, batch)
+            return lambda: _into_head(model, seam, head, batch)
+    return lambda: _logits(model, batch)
 
 
-def _into_head(model: nn.Module, head: nn.Module, batch: dict[str, Any], packed: bool) -> torch.Tensor:
+def _into_head(model: nn.Module, seam: Seam, head: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     batch = decoder.complete(model, batch)
-    batch = decoder.told(model, batch) if packed else batch
-    with vocabulary.without_logits(head) as hidden:
+    with vocabulary.without_logits(head) as hidden, seam.scoring(batch.get("labels")):
         model(**{key: value for key, value in batch.items() if key != "labels"})
     (answers,) = hidden
     return _counted(answers, batch)
@@ -201,8 +203,8 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 def _counted(answers: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
     """Those of rows, or of those of their tokens that are no padding."""
     labels = batch.get("labels")
-    masks: Sequence[Any] = (batch.get("decoder_attention_mask"), batch.get("attention_mask"))
-    masks = masks if labels is None else (labels.ne(-100), *masks)
+    masks: Sequence[Any] = (batch.get(decoder.MASK), batch.get("attention_mask"))
+    masks = masks if labels is None else (labels.ne(decoder.IGNORED), *masks)
     for mask in masks:
         if mask is not None and answers.dim() == 3 and mask.shape == answers.shape[:2] and mask.any():
             return answers[mask.bool()]

@@ -43,8 +43,8 @@ def complete(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def told(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with a mask for the decoder, if it was given none and its places behind the last used one are known.
+def mask_of(model: Any, batch: dict[str, Any]) -> torch.Tensor | None:
+    """A mask for a decoder that is given none, where its places behind the last used one are known.
 
     Used are those that have a label, as tokens, or what comes before one; of a classifier, which reads the encoder's
     text once more, those of that text and the one behind it. A model that answers questions may put all its places
@@ -52,10 +52,21 @@ def told(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         model: any transformers model.
-        batch: what it is given, with labels where there are any.
+        batch: what it is given, and the labels that a loss will be computed with.
+
+    Returns:
+        [rows, width], of integers; None where there is nothing to say.
     """
     used = None if batch.get(MASK) is not None or not _takes_mask(model) else _used(model, batch)
-    return batch if used is None else {**batch, MASK: used.flip(1).cummax(1).values.flip(1).long()}
+    return None if used is None else used.flip(1).cummax(1).values.flip(1).long()
+
+
+def hides(model: Any, batch: dict[str, Any]) -> bool:
+    """Whether a decoder's mask leaves out a place that has a label, which has to be computed."""
+    mask, labels = batch.get(MASK), batch.get("labels")
+    if mask is None or labels is None or mask.shape != labels.shape or head_of(model) is None:
+        return False
+    return bool(((labels != IGNORED) & ~mask.bool()).any())
 
 
 def _used(model: Any, batch: dict[str, Any]) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from .batches import is_rows
+from .decoder import IGNORED
 
 MIN_ROWS = 8
 WASTE = 0.1
@@ -59,6 +60,8 @@ def _cut(
     for start, stop in cuts:
         rows, longest = order[start:stop], int(lengths[stop - 1]) if narrow else mask.shape[1]
         pieces.append({key: _narrow(key, value[rows], mask.shape[1], longest) for key, value in batch.items()})
+        if "decoder_input_ids" in batch and "labels" in batch:  # as wide as those, whatever the text's width is
+            pieces[-1]["labels"] = batch["labels"][rows]
     return pieces
 
 
@@ -74,7 +77,7 @@ def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Te
     """
     if value.dim() < 2 or value.shape[1] != width or key.startswith("decoder_"):
         return value
-    if key == "labels" and not bool((value[:, longest:] == -100).all()):
+    if key == "labels" and not bool((value[:, longest:] == IGNORED).all()):
         return value
     return value[:, :longest]
 

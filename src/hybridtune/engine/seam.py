@@ -24,7 +24,7 @@ from ..layers import Stack
 from .attention import MARK, Mask, attention, carry, is_plain, of
 from .batches import is_row
 from .casts import autocast_type
-from .decoder import told
+from .decoder import MASK, hides, mask_of
 from .frozen import Frozen, keys_of
 from .layout import Layout
 from .patch import in_evaluation, patch
@@ -42,6 +42,7 @@ class Seam:
         self.model = model
         self.frozen: Frozen | None = None  # of the first stack
         self._writes = False  # the model is generating
+        self._labels: torch.Tensor | None = None  # see `scoring`
         self.stacks = [_Stack([model.get_submodule(name) for name in stack.layers]) for stack in stacks]
         self._configs = interface.configs(model.modules())
 
@@ -62,6 +63,15 @@ class Seam:
                 _set(config, f"{MARK}{name or 'eager'}", None if cache is None else False)  # no keys of packed rows
             yield
 
+    @contextmanager
+    def scoring(self, labels: torch.Tensor | None) -> Iterator[None]:
+        """For forwards that are not given the labels that a loss will be computed with."""
+        self._labels = labels
+        try:
+            yield
+        finally:
+            self._labels = None
+
     def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
         """Generates padded: a cache has a place for every row, and an encoder is called past `_begin`."""
         self._writes = True
@@ -72,10 +82,16 @@ class Seam:
             self._writes = False
 
     def _begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Layers that are to be looked into are run padded, as what looks at them expects; no decoder reads padding."""
+        """Layers that are to be looked into are run padded, as what looks at them expects; no decoder reads padding.
+
+        Padded, too, where a mask leaves out a place that has a label.
+        """
+        known = self._labels is not None and not self.stacks[0].stops
+        batch = {**kwargs, "labels": self._labels} if known else kwargs
         looks = [f"output_{what}" for what in ("hidden_states", "attentions")]
         config = getattr(model, "config", None)
-        looked_into = self._writes or any(
+        looked_into = self._writes or hides(model, batch)
+        looked_into = looked_into or any(
             getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks
         )
         for stack in self.stacks:
@@ -88,7 +104,8 @@ class Seam:
         if self.frozen and not looked_into and not self.stacks[0].stops and kwargs.get("attention_mask") is not None:
             self.frozen.calm()
             self.stacks[0].known = self._known(self.frozen, kwargs)
-        return None if args or looked_into else (args, told(model, kwargs))
+        mask = None if args or looked_into else mask_of(model, batch)
+        return None if mask is None else (args, {**kwargs, MASK: mask})
 
     def _known(self, frozen: Frozen, batch: dict[str, Any]) -> list[torch.Tensor]:
         """For every row of a batch what the frozen layers give it; what is not kept yet is computed and kept."""
