@@ -67,8 +67,9 @@ def _count(more: int) -> None:
 
 
 def _set(parameters: Mapping[int, int]) -> None:
-    for parameter, value in parameters.items() if _library else ():
-        _library.mallopt(parameter, value)  # type: ignore[union-attr]
+    if _library:
+        for parameter, value in parameters.items():
+            _library.mallopt(parameter, value)
 
 
 def _before_fork() -> None:

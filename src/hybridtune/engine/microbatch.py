@@ -56,12 +56,16 @@ def _cut(
     cuts, narrow = where(lengths.tolist()), _ends_padded(mask)
     if len(cuts) == 1 and not narrow:
         return [batch]
+    apart = ("decoder_", "labels") if "decoder_input_ids" in batch else ("decoder_",)  # of another text's width
     pieces = []
     for start, stop in cuts:
         rows, longest = order[start:stop], int(lengths[stop - 1]) if narrow else mask.shape[1]
-        pieces.append({key: _narrow(key, value[rows], mask.shape[1], longest) for key, value in batch.items()})
-        if "decoder_input_ids" in batch and "labels" in batch:  # as wide as those, whatever the text's width is
-            pieces[-1]["labels"] = batch["labels"][rows]
+        pieces.append(
+            {
+                key: value[rows] if key.startswith(apart) else _narrow(key, value[rows], mask.shape[1], longest)
+                for key, value in batch.items()
+            }
+        )
     return pieces
 
 
@@ -75,7 +79,7 @@ def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Te
 
     Labels may be as wide by chance (one for each class, or a target text): they lose only what no loss looks at.
     """
-    if value.dim() < 2 or value.shape[1] != width or key.startswith("decoder_"):
+    if value.dim() < 2 or value.shape[1] != width:
         return value
     if key == "labels" and not bool((value[:, longest:] == IGNORED).all()):
         return value

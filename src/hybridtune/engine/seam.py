@@ -90,21 +90,19 @@ class Seam:
         batch = {**kwargs, "labels": self._labels} if known else kwargs
         looks = [f"output_{what}" for what in ("hidden_states", "attentions")]
         config = getattr(model, "config", None)
-        looked_into = self._writes or hides(model, batch)
-        looked_into = looked_into or any(
-            getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks
-        )
+        looked_into = any(getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks)
+        padded = self._writes or looked_into or hides(model, batch)
         for stack in self.stacks:
-            stack.layout, stack.off, stack.known = None, looked_into, None
+            stack.layout, stack.off, stack.known = None, padded, None
         if self.frozen and not self.frozen.weights.hold:
             warnings.warn(
                 "engine: frozen layers were changed: what was kept of them is not used any more", stacklevel=2
             )
             self.frozen = None
-        if self.frozen and not looked_into and not self.stacks[0].stops and kwargs.get("attention_mask") is not None:
+        if self.frozen and not padded and not self.stacks[0].stops and kwargs.get("attention_mask") is not None:
             self.frozen.calm()
             self.stacks[0].known = self._known(self.frozen, kwargs)
-        mask = None if args or looked_into else mask_of(model, batch)
+        mask = None if args or padded else mask_of(model, batch)
         return None if mask is None else (args, {**kwargs, MASK: mask})
 
     def _known(self, frozen: Frozen, batch: dict[str, Any]) -> list[torch.Tensor]:
