@@ -37,12 +37,17 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
         kept, ctx.scale = drawn(x.shape, p, x.dtype)
         ctx.save_for_backward(kept)
-        return (x * kept).mul_(ctx.scale)
+        return _scaled(x, kept, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (kept,) = ctx.saved_tensors
-        return (gradient * kept).mul_(ctx.scale), None
+        return _scaled(gradient, kept, ctx.scale), None
+
+
+def _scaled(x: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * x * kept, in one pass."""
+    return torch.addcmul(x.new_zeros(()), x, kept, value=scale)
 
 
 _torchs, _entered, _lock = functional.dropout, 0, Lock()

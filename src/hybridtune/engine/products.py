@@ -21,6 +21,8 @@ SHORT = 256  # tokens up to which torch's kernel is slower in half precision
 
 
 class _Attention(torch.autograd.Function):
+    """Of [heads, rows, length, head width]: so lie the rows of a group, and so they need no copies for the products."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -32,7 +34,7 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         p: float,
     ) -> torch.Tensor:
-        scores = torch.matmul(query, key.transpose(-1, -2)).mul_(scaling)
+        scores = _product(query, key.transpose(-1, -2), scaling)
         if bias is not None:
             scores = scores.add_(bias)
         if mask is not None:
@@ -41,28 +43,35 @@ class _Attention(torch.autograd.Function):
         kept, ctx.scale = dropout.drawn(weights.shape, p, weights.dtype) if p else (None, 1.0)
         ctx.scaling, ctx.bias = scaling, None if bias is None else bias.dtype
         ctx.save_for_backward(query, key, value, weights, kept)
-        return torch.matmul(_thinned(weights, kept, ctx.scale), value)
+        return _product(weights if kept is None else weights * kept, value, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, weights, kept = ctx.saved_tensors
-        for_value = torch.matmul(_thinned(weights, kept, ctx.scale).transpose(-1, -2), gradient)
-        for_weights = torch.matmul(gradient, value.transpose(-1, -2))
+        thinned = weights if kept is None else weights * kept
+        for_value = _product(thinned.transpose(-1, -2), gradient, ctx.scale)
+        for_weights = _product(gradient, value.transpose(-1, -2), ctx.scale)
         if kept is not None:
-            for_weights = for_weights.mul_(kept).mul_(ctx.scale)
+            for_weights = for_weights.mul_(kept)
         for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
         # one for all rows of a group
-        for_bias = for_scores.sum(0, keepdim=True, dtype=ctx.bias) if ctx.needs_input_grad[3] else None
-        for_scores = for_scores.mul_(ctx.scaling)
+        for_bias = for_scores.sum(1, keepdim=True, dtype=ctx.bias) if ctx.needs_input_grad[3] else None
         return (
-            torch.matmul(for_scores, key),
-            torch.matmul(for_scores.transpose(-1, -2), query),
+            _product(for_scores, key, ctx.scaling),
+            _product(for_scores.transpose(-1, -2), query, ctx.scaling),
             for_value,
             for_bias,
             None,
             None,
             None,
         )
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor * left @ right, of [heads, rows, ...] each, without a pass for the factor."""
+    shape = (*left.shape[:-1], right.shape[-1])
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    return left.new_empty(len(left), *shape[-2:]).baddbmm_(left, right, beta=0, alpha=factor).view(shape)
 
 
 def pays(query: torch.Tensor, key: torch.Tensor, p: float) -> bool:
@@ -97,9 +106,9 @@ def attention(
     if causal and attention_mask is None:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    result = _Attention.apply(query, key, value, position_bias, attention_mask, scaling, dropout)  # type: ignore[no-untyped-call]
-    return result.transpose(1, 2), None
-
-
-def _thinned(weights: torch.Tensor, kept: torch.Tensor | None, scale: float) -> torch.Tensor:
-    return weights if kept is None else (weights * kept).mul_(scale)
+    heads_first = [
+        one if one is None or one.dim() < 4 else one.transpose(0, 1)
+        for one in (query, key, value, position_bias, attention_mask)
+    ]
+    result: torch.Tensor = _Attention.apply(*heads_first, scaling, dropout)  # type: ignore[no-untyped-call]
+    return result.permute(1, 2, 0, 3), None
