@@ -5,6 +5,7 @@
     python benchmarks/speed.py --model bert-base --methods full lora
     python benchmarks/speed.py --accuracy                 # the same epochs on both sides, three seeds
     python benchmarks/speed.py --profile                  # where the time goes, ours and peer (b)
+    python benchmarks/speed.py --compile                  # peer (b) with torch.compile, beside itself
     python benchmarks/speed.py --page                     # write docs/performance.md, run nothing
 
 One process measures one method on one kind of texts: ours, peer (a) and peer (b) in turn, so many times as `--pairs`
@@ -34,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,14 @@ def main() -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--accuracy", dest="kind", action="store_const", const="accuracy", default="speed")
     kinds.add_argument("--profile", dest="kind", action="store_const", const="profile")
+    kinds.add_argument("--compile", dest="kind", action="store_const", const="compile")
     parser.add_argument("--page", action="store_true")
     parser.add_argument("--measure", nargs=2, metavar=("METHOD", "TEXTS"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
         method, texts = asked.measure
-        for row in {"speed": measure, "accuracy": accuracy, "profile": profile}[asked.kind](asked, method, texts):
+        ways = {"speed": measure, "accuracy": accuracy, "profile": profile, "compile": compiled}
+        for row in ways[asked.kind](asked, method, texts):
             print(json.dumps(row), flush=True)
         return
     if not asked.page:
@@ -120,7 +123,12 @@ def main() -> None:
 
 def run(asked: argparse.Namespace, method: str, texts: str) -> None:
     """Measures in a process of its own, and appends what comes."""
-    if (asked.kind == "accuracy" and method == "predict") or (asked.kind == "profile" and method in EPOCHS):
+    left_out: dict[str, Collection[str]] = {
+        "accuracy": ("predict",),
+        "profile": EPOCHS,
+        "compile": ("predict", *EPOCHS),
+    }
+    if method in left_out.get(asked.kind, ()):
         return
     if (asked.model, method) == ("t5", "prompt"):  # transformers' T5 classifier takes token ids alone
         return
@@ -285,6 +293,17 @@ def profile(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict
         found = once(side, attention, faster)  # the profiler itself takes time
         once(side, attention, faster, profiled(took))
         yield {"side": side, "attention": attention, "bf16": faster, "took": took} | found
+
+
+def compiled(asked: argparse.Namespace, method: str, texts: str) -> Iterator[dict[str, Any]]:
+    """Runs peer (b) without and with torch.compile, in turn; a process compiles in its first run."""
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what others have compiled on this machine
+    rows, faster = texts_of(asked.data, texts, POOL), bf16_is_faster()
+    for _ in range(asked.pairs):
+        for side, more in (("b", {}), ("compiled", {"torch_compile": True})):
+            begun = time.perf_counter()
+            found = train_once(asked.model, method, rows, {"max_steps": STEPS[texts]} | more, "b", "sdpa", faster)
+            yield {"side": side, "whole_seconds": round(time.perf_counter() - begun, 3), "bf16": faster} | found
 
 
 @contextmanager
@@ -554,7 +573,8 @@ def page(rows: list[dict[str, Any]]) -> str:
                 "In these rows PEFT's side of lora, lora-top2 and prompt trained the head's last layer alone, as PEFT",
                 f"does unasked; since {WHOLE_HEAD_SINCE} the script has it train the whole head, as ours does.",
             ]
-        lines += _profiles([row for row in rows if (row["key"][:2], row["processor"]) == (["profile", name], made_by)])
+        for kind, said in (("profile", _profiles), ("compile", _compiled)):
+            lines += said([row for row in rows if (row["key"][:2], row["processor"]) == ([kind, name], made_by)])
     accuracies = [row for row in rows if row["key"][0] == "accuracy"]
     if accuracies:
         lines += [
@@ -626,6 +646,30 @@ def _profiles(rows: list[dict[str, Any]]) -> list[str]:
             bound = ours["tokens_per_second"] / best["tokens_per_second"] / shares[0] if run is ours else None
             side = "ours" if run is ours else f"(b), {run['attention']}"
             lines.append(f"| {method} | {texts} | {side} | {' | '.join(cells)} | {f'{bound:.1f}' if bound else ''} |")
+    return lines
+
+
+def _compiled(rows: list[dict[str, Any]]) -> list[str]:
+    """What torch.compile gains, and what it costs."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Peer (b) with torch.compile (`--compile`): tokens a second in times those without it, after its first run,",
+        "and how many seconds longer than later ones that run took, which compiles.",
+        "",
+        "| method | texts | tokens/s, times | seconds of compiling | runs |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        _, _, method, texts = row["key"]
+        plain, (first, *later) = ([run for run in row["runs"] if run["side"] == side] for side in ("b", "compiled"))
+        ratios = [
+            one["tokens_per_second"] / other["tokens_per_second"] for one, other in zip(later, plain[1:], strict=True)
+        ]
+        took = first["whole_seconds"] - statistics.median(run["whole_seconds"] for run in later)
+        found = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        lines.append(f"| {method} | {texts} | {found} | {took:.0f} | {len(ratios)} |")
     return lines
 
 
