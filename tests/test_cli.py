@@ -443,7 +443,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "strategy file": (tune_words(strategy="none.yaml"), r"none\.yaml: there is no such file"),
     "key of a strategy file": (
         tune_words(strategy="strategy.yaml"),
-        r"strategy\.yaml: stages\.0\.rules\.0\.method is missing",
+        r"strategy\.yaml:1: stages\.0\.rules\.0\.method is missing",
     ),
     "method": (tune_words(*rule("{part: layers, method: lorra}")), r'unknown method "lorra", did you mean "lora"\?'),
     "part": (tune_words(*rule("{part: laiers, method: full}")), r'unknown part "laiers", did you mean "layers"\?'),

@@ -21,7 +21,7 @@ from hybridtune import api, tasks
 from hybridtune.console import Console
 from hybridtune.errors import DataError, RecipeError
 from hybridtune.model import load_tokenizer
-from hybridtune.recipe import read_recipe
+from hybridtune.recipe_file import read_recipe
 from hybridtune.tasks import _squad
 from hybridtune.tasks.question_answering import Task
 from hybridtune.train import HybridTrainer

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from hybridtune import api, cli, model, tasks, yaml12
 from hybridtune.anatomy import Anatomy
+from hybridtune.assignments import with_values
 from hybridtune.compose import Assembly
 from hybridtune.errors import RecipeError, UserError
 from hybridtune.recipe import (
@@ -33,9 +34,8 @@ from hybridtune.recipe import (
     Training,
     built_in_strategies,
     load_strategy,
-    read_recipe,
-    with_values,
 )
+from hybridtune.recipe_file import read_recipe
 from hybridtune.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -231,6 +231,88 @@ def test_values_of_the_wrong_kind(keys: dict[str, Any], place: str, expected: st
     error = refused(place, lambda: make(**keys))
     assert re.search(rf": {re.escape(place)}( is not|:) .*{re.escape(expected)}", error.problem)
     assert error.found is not None
+
+
+LINES = {
+    "a key": ("learnin_rate: 1", "5: unknown key learnin_rate, did you mean learning_rate?"),
+    "a value": ("\n# fast\nlearning_rate: fast", "7: learning_rate is not a valid number"),
+    "an entry": ("seeds:\n- 1\n- -2", "7: seeds.1"),
+    "a key in a group": ("goal:\n  maximise: accuracy", "6: unknown key goal.maximise"),
+    "a group that is none": ("goal: accuracy", "5: goal is not a mapping"),
+    "two keys that exclude each other": ("goal: {maximize: a, minimize: b}", "5: goal: give one of"),
+    "a strategy's name": ("strategy:\n- head\n- loraa", '7: strategy: unknown strategy "loraa"'),
+    "the one strategy's name": ("strategy: loraa", '5: strategy: unknown strategy "loraa"'),
+    "a strategy that is none": ("strategy: [head, 3]", "5: strategy: cannot be read"),
+    "a strategy's key": (
+        "strategy:\n- head\n- name: x\n  titel: y\n  stages: [{rules: [{part: head, method: full}]}]",
+        '8: strategy "x": unknown key titel',
+    ),
+    "a rule of a strategy": (
+        "strategy:\n- head\n- name: x\n  stages:\n  - rules:\n    - part: head\n      method: full\n"
+        "      learning_rate: -1",
+        '12: strategy "x": stages.0.rules.0.learning_rate',
+    ),
+    "a rule of one strategy": (
+        "strategy:\n  name: x\n  stages:\n  - rules:\n    - {part: head, method: full}\n    - part: layers",
+        '10: strategy "x": stages.0.rules.1.method is missing',
+    ),
+    "a stage of a list": (
+        "strategy:\n- rules: [{part: head, method: full}]\n- rules: [{part: head, method: full}]\n  previus: keep",
+        '8: strategy "custom": unknown key stages.1.previus',
+    ),
+    "the one stage": (
+        "strategy:\n  rules: [{part: head, method: full}]\n  previous: maybe",
+        '7: strategy "custom": stages.0.previous',
+    ),
+    "what an alias stands for": (
+        "strategy:\n- &a {rules: [{part: head, method: full, learning_rate: -1}]}\n- *a",
+        '6: strategy "custom": stages.0.rules.0.learning_rate',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_errors_name_the_line_of_the_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Python and on the command line, for `tune` and for `check`."""
+    text, says = LINES[name]
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("model: m\ntask: classification\ndata:\n  train: a.csv\n" + text + "\n")
+    for call in (Recipe.make, api.tune, api.check):
+        refused(re.escape(f"r.yaml:{says}"), lambda call=call: call("r.yaml"))
+    for command in ("tune", "check"):
+        result = CliRunner().invoke(cli.app, [command, "r.yaml", "--set", "data.survey=false"])
+        assert result.exit_code == 2
+        assert f"error: r.yaml:{says}" in result.output
+
+
+def test_no_line_is_named_where_the_value_came_another_way(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ntask: classification\ndata: {train: a.csv}\nlearning_rate: 1\n")
+    assert refused("", lambda: Recipe.make(file, learning_rate="fast")).problem.startswith(f"{file}: learning_rate is")
+    result = CliRunner().invoke(cli.app, ["tune", str(file), "--set", "learning_rate=fast"])
+    assert "error: the recipe: learning_rate is not" in result.output
+    file.write_text("task: classification\n")
+    refused(f"{re.escape(str(file))}: model is missing", lambda: Recipe.make(file))
+
+
+def test_lines_of_keys_and_entries() -> None:
+    text = "# a\na: 1\nb:\n  - x\n  - c: 2\n    d: {e: 3,\n        f: 4}\ng: &r {h: 5}\ni: *r\n"
+    assert yaml12.lines(text) == {
+        ("a",): 2,
+        ("b",): 3,
+        ("b", 0): 4,
+        ("b", 1): 5,
+        ("b", 1, "c"): 5,
+        ("b", 1, "d"): 6,
+        ("b", 1, "d", "e"): 6,
+        ("b", 1, "d", "f"): 7,
+        ("g",): 8,
+        ("g", "h"): 8,
+        ("i",): 9,
+        ("i", "h"): 8,
+    }
+    assert yaml12.lines("") == {}
+    assert yaml12.lines("a: &a\n  b: *a\n") == {("a",): 1, ("a", "b"): 2}
 
 
 def test_what_is_missing_is_named_with_the_flag_where_there_is_one() -> None:

@@ -22,7 +22,8 @@ from hybridtune.cli import app
 from hybridtune.console import Console
 from hybridtune.errors import DataError, ModelError
 from hybridtune.model import locate
-from hybridtune.recipe import Recipe, read_recipe
+from hybridtune.recipe import Recipe
+from hybridtune.recipe_file import read_recipe
 from hybridtune.tasks._prompts import Prompts
 from hybridtune.tasks.translation import Task
 

@@ -21,7 +21,8 @@ from .errors import RecipeError, unknown
 from .files import disk_errors, write_json
 from .own_metrics import OwnMetrics
 from .progress import Progress, say_result, say_scores
-from .recipe import Recipe, Strategy, read_recipe
+from .recipe import Recipe, Strategy
+from .recipe_file import placed, read_recipe
 from .run import Run, evaluate_run, export_run, rows_for_prediction, with_inputs
 from .select import Decision
 from .tasks import Task
@@ -216,12 +217,13 @@ def check(
         UserError: the model cannot be loaded, or a strategy cannot be kept on it; both say how long texts may be.
     """
     console = console or Console()
-    packaged = False
+    packaged, file = False, Path(recipe) if isinstance(recipe, (str, Path)) else None
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(Path(recipe)) if isinstance(recipe, (str, Path)) else recipe or {}
         packaged = "model" not in {**recipe, **keys}
         recipe = CHECKED | recipe
-    asked = Recipe.make(recipe, **keys)
+    with placed(file):
+        asked = Recipe.make(recipe, **keys)
     task = tasks.of(asked)
     if not (packaged and task.writes):
         starts.refuse_no_model(asked)

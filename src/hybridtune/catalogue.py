@@ -9,7 +9,8 @@ from typing import Any
 from .console import Console, seconds
 from .errors import UserError
 from .files import read_json
-from .recipe import built_in_strategies, load_strategy, read_recipe
+from .recipe import built_in_strategies, load_strategy
+from .recipe_file import read_recipe
 
 
 def methods(name: str | None, console: Console) -> Any:

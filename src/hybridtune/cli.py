@@ -127,8 +127,10 @@ def tune(
     flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
     with _command(as_json, resumes=True) as console:
         from . import api
+        from .recipe_file import placed
 
-        run = api.tune(_recipe(recipe, flags, set_ or []), resume=resume, overwrite=overwrite, console=console)
+        with placed(recipe):
+            run = api.tune(_recipe(recipe, flags, set_ or []), resume=resume, overwrite=overwrite, console=console)
         _print({"run": str(run.folder), "decision": run.decision, "evaluation": run.evaluation}, as_json)
 
 
@@ -162,8 +164,11 @@ def check(
     flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
     with _command(as_json) as console:
         from . import api
+        from .recipe_file import placed
 
-        _print(api.check(_recipe(recipe, flags, set_ or []), console), as_json)
+        with placed(recipe):
+            found = api.check(_recipe(recipe, flags, set_ or []), console)
+        _print(found, as_json)
 
 
 @app.command(
@@ -367,7 +372,9 @@ def doctor(as_json: Json = False) -> None:
 
 def _recipe(path: Path | None, flags: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """One dict from the file, then the flags, then --set."""
-    from .recipe import read_recipe, with_keys, with_values
+    from .assignments import with_values
+    from .recipe import with_keys
+    from .recipe_file import read_recipe
 
     keys = {**flags, "columns": _columns(flags.get("column")) or None}
     keys.pop("column", None)

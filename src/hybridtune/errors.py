@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class HybridtuneError(Exception):
@@ -53,7 +54,18 @@ class UserError(HybridtuneError):
 
 
 class RecipeError(UserError):
-    """A key, value, strategy, stage or rule of the recipe."""
+    """A key, value, strategy, stage or rule of the recipe.
+
+    Args:
+        problem: as above.
+        at: keys and numbers that lead to what it is about in the recipe.
+        given: what stands there, as far as this is known.
+        **told: as above.
+    """
+
+    def __init__(self, problem: str, *, at: tuple[Any, ...] | None = None, given: object = None, **told: Any) -> None:
+        super().__init__(problem, **told)
+        self.at, self.given = at, given
 
 
 class DataError(UserError):

