@@ -297,8 +297,8 @@ def test_kept_states_that_are_wrong_are_found_out(build: Callable[..., HybridTra
     assert found == pytest.approx(losses(build(engine="off")), abs=2e-5)
 
 
-@pytest.mark.parametrize("steady", [True, False])
-def test_a_row_is_the_same_whatever_it_is_computed_with(build: Callable[..., HybridTrainer], steady: bool) -> None:
+@pytest.mark.parametrize("least", [64, 256, None])
+def test_a_row_is_the_same_whatever_it_is_computed_with(build: Callable[..., HybridTrainer], least: int | None) -> None:
     """To the last bit: a resumed training computes rows with others than the one that was never interrupted."""
     trainer = build()
     trainer.train()
@@ -309,7 +309,7 @@ def test_a_row_is_the_same_whatever_it_is_computed_with(build: Callable[..., Hyb
     assert seam.frozen is not None
 
     def computed(order: list[int]) -> dict[int, torch.Tensor]:
-        seam.frozen = Frozen(2, seam.frozen.modules, Store(Limits()), steady)
+        seam.frozen = Frozen(2, seam.frozen.modules, Store(Limits()), least)
         for at in order:
             with seam.open(), torch.no_grad():
                 seam.model(**{key: value[at:] for key, value in batch.items()})
@@ -317,11 +317,46 @@ def test_a_row_is_the_same_whatever_it_is_computed_with(build: Callable[..., Hyb
             return dict(enumerate(seam._known(seam.frozen, dict(batch))))
 
     first, second = computed([0]), computed([7, 5, 2, 0])
-    assert seam.frozen.portions([b"a", b"b"], torch.ones(2, 32, dtype=torch.long)) == (
-        [[0, 1]] if steady else [[0, 0], [1, 1]]
-    )
+    portions = {64: [[0, 1]], 256: [[0, 1, 0, 1, 0, 1, 0, 1]], None: [[0], [1]]}
+    assert seam.frozen.portions([b"a", b"b"], torch.ones(2, 32, dtype=torch.long)) == portions[least]
     for row, hidden in first.items():
         assert torch.equal(hidden, second[row])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rounds_otherwise", "least"),
+    [
+        ((3, 5, 9), lambda tokens: False, 64),
+        ((3, 5, 9), lambda tokens: tokens <= 66, 256),
+        ((3, 5, 9), lambda tokens: 90 < tokens < 200, 256),
+        ((3, 5, 9), lambda tokens: tokens < 1000, 1024),
+        ((3, 5, 9), lambda tokens: tokens < 2000, None),
+        ((70, 90), lambda tokens: tokens < 75, 256),
+        ((70, 90), lambda tokens: False, 70),
+    ],
+)
+def test_how_many_tokens_are_computed_at_once(
+    lengths: tuple[int, ...],
+    rounds_otherwise: Callable[[int], bool],
+    least: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many as it takes on a processor whose products of some numbers of tokens round in another way."""
+    model = tiny.classifier("bert", max_position_embeddings=128).requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    ids = [{"input_ids": [5 + at % 20 for at in range(length)]} for length in lengths]
+    batch = hf.DataCollatorWithPadding(tiny.tokenizer())(ids)
+    product = nn.functional.linear
+
+    def rounded(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        found = product(x, *args)
+        return found * (1 + 1e-6) if x.dim() == 3 and rounds_otherwise(x.shape[1]) else found
+
+    monkeypatch.setattr(nn.functional, "linear", rounded)
+    found = engine.start(model, dict(batch), Caches()).seam
+    assert found is not None
+    assert found.frozen is not None
+    assert found.frozen.least == least
 
 
 def test_without_gradients_all_is_frozen() -> None:

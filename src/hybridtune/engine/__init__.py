@@ -120,7 +120,7 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
             problem = _check(engine, ask, padded)
             if not problem:
                 with seam.open():
-                    seam.frozen.steady = seam.steady(batch)
+                    seam.frozen.least = seam.least(batch)
                 return engine
     seam.frozen = None
     return replace(engine, reason=f"hidden states of frozen layers are not kept: {problem}")

@@ -20,7 +20,7 @@ from ..model import digest_of
 from .batches import is_row
 from .store import Limits, Store, of_process
 
-LEAST = 64  # tokens that are computed at once
+LEAST = (64, 256, 1024)  # how few tokens are computed at once, the first of these that does: see `Frozen.least`
 
 
 @dataclass
@@ -89,15 +89,16 @@ class Frozen:
         depth: how many layers of the first stack lie in it; all of them where only what follows is trained.
         modules: what runs in it, the embeddings too.
         store: hidden states that it has given.
-        steady: whether a row's do not depend on the rows that it is computed with, to the last bit. Where they do, rows
-            are computed one by one: a training that goes on after an interruption computes them with others.
+        least: tokens that are computed at once, at least, so that what is beside a row changes nothing in it, to the
+            last bit: a training that goes on after an interruption computes rows with others. None: it always does, and
+            rows are computed one by one.
         weights: what it is computed with.
     """
 
     depth: int
     modules: tuple[nn.Module, ...]
     store: Store
-    steady: bool = True
+    least: int | None = LEAST[0]
     weights: Weights = field(default_factory=lambda: Weights({}))
 
     def calm(self) -> None:
@@ -108,12 +109,13 @@ class Frozen:
     def portions(self, keys: Sequence[bytes], mask: torch.Tensor) -> list[list[int]]:
         """Numbers of the rows that have to be computed, in the portions that they are computed in.
 
-        A few short rows are computed several times over: matrix products of very few rows round in another way.
+        A few short rows are computed several times over.
         """
         missing = [row for row, key in enumerate(keys) if key not in self.store and key not in keys[:row]]
-        portions = [missing] if self.steady else [[row] for row in missing]
-        tokens = mask.bool().sum(1).tolist()
-        return [rows * -(-LEAST // max(sum(tokens[row] for row in rows), 1)) for rows in portions if rows]
+        if self.least is None or not missing:
+            return [[row] for row in missing]
+        tokens = int(mask[missing].bool().sum())
+        return [missing * max(-(-self.least // max(tokens, 1)), 1)]
 
     def keep(self, rows: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor]:
         """Keeps rows [tokens, width] by their keys; returns those for which there is no room."""

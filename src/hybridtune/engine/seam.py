@@ -25,7 +25,7 @@ from .attention import MARK, Mask, attention, carry, is_plain, of
 from .batches import is_row
 from .casts import autocast_type
 from .decoder import MASK, hides, mask_of
-from .frozen import Frozen, keys_of
+from .frozen import LEAST, Frozen, keys_of
 from .layout import Layout
 from .patch import in_evaluation, patch
 
@@ -114,11 +114,31 @@ class Seam:
             left |= frozen.keep({keys[row]: hidden for row, hidden in computed.items()})
         return [left[key] if key in left else frozen.store.get(key) for key in keys]
 
-    def steady(self, batch: dict[str, Any]) -> bool:
-        """Whether the frozen layers give a row the same to the last bit, whatever rows it is computed with."""
-        rows = list(range(len(batch["attention_mask"]))) * 2
-        few, many = self._compute(batch, rows), self._compute(batch, rows[::-1] * 8)
-        return all(torch.equal(hidden, many[row]) for row, hidden in few.items())
+    def least(self, batch: dict[str, Any]) -> int | None:
+        """How many tokens frozen layers are to be given at once, so that what is beside a row changes nothing in it.
+
+        To the last bit: matrix products of few tokens may round in another way than those of many. On a GPU it does not
+        matter, where gradients are added up in any order, unless torch is to be deterministic.
+
+        Args:
+            batch: a few rows.
+
+        Returns:
+            The first of a few numbers from which on a row was seen to stay the same; None: from none of them.
+        """
+        mask = batch["attention_mask"].bool()
+        if mask.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+            return 0
+        lengths = [int(length) for length in mask.sum(1)]
+        rows, short = list(range(len(lengths))), lengths.index(min(lengths))
+        many = self._compute(batch, [short, *rows * -(-2 * LEAST[-1] // sum(lengths))])
+        for least in (max(one, lengths[short]) for one in LEAST):
+            portions = [[short] * -(-size // lengths[short]) for size in (least, 3 * least // 2)]
+            portions.append(rows[::-1] * -(-2 * least // sum(lengths)))
+            few = [self._compute(batch, portion) for portion in portions]
+            if all(torch.equal(hidden, many[row]) for given in few for row, hidden in given.items()):
+                return least
+        return None
 
     def _compute(self, batch: dict[str, Any], rows: list[int]) -> dict[int, torch.Tensor]:
         """Runs the frozen layers, and no further, on some rows of a batch; gives each its hidden states."""
