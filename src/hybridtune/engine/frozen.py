@@ -20,7 +20,7 @@ from ..model import digest_of
 from .batches import is_row
 from .store import Limits, Store, of_process
 
-LEAST = (64, 256, 1024)  # how few tokens are computed at once, the first of these that does: see `Frozen.least`
+LEAST = (64, 256, 512)  # how few tokens are computed at once, the first of these that does: see `Frozen.least`
 
 
 @dataclass
