@@ -798,7 +798,7 @@ def test_fast_attention_against_the_formula(
         torch.randn(2, heads, 6, 8, dtype=torch.double, requires_grad=True) for heads in (4, 4 // groups, 4 // groups)
     )
     kept = torch.rand(2, 4, 6, 6) >= p
-    monkeypatch.setattr(dropout, "drawn", lambda shape, p, dtype: (kept.transpose(0, 1), 1 / (1 - p)))
+    monkeypatch.setattr(dropout, "drawn", lambda shape, p, dtype: (kept.transpose(0, 1).flatten(0, 1), 1 / (1 - p)))
     seen = {"no": None, "causal": None, "bool": torch.rand(2, 1, 6, 6) > 0.4, "added": torch.randn(2, 1, 6, 6).double()}
     mask = seen[masked]
     if masked == "bool":

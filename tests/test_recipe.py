@@ -237,6 +237,10 @@ LINES = {
     "a key": ("learnin_rate: 1", "5: unknown key learnin_rate, did you mean learning_rate?"),
     "a value": ("\n# fast\nlearning_rate: fast", "7: learning_rate is not a valid number"),
     "an entry": ("seeds:\n- 1\n- -2", "7: seeds.1"),
+    "a key that is a number": ("2024: x", "5: unknown key 2024"),
+    "a value that is no number": ("learning_rate: .nan", "5: learning_rate is not a finite number"),
+    "a seed twice": ("seeds: [1, 1]", "5: seeds: a seed is listed more than once"),
+    "a strategy twice": ("strategy:\n- head\n- head", '7: strategy: "head" is listed more than once'),
     "a key in a group": ("goal:\n  maximise: accuracy", "6: unknown key goal.maximise"),
     "a group that is none": ("goal: accuracy", "5: goal is not a mapping"),
     "two keys that exclude each other": ("goal: {maximize: a, minimize: b}", "5: goal: give one of"),
@@ -280,9 +284,33 @@ def test_errors_name_the_line_of_the_file(name: str, tmp_path: Path, monkeypatch
     for call in (Recipe.make, api.tune, api.check):
         refused(re.escape(f"r.yaml:{says}"), lambda call=call: call("r.yaml"))
     for command in ("tune", "check"):
-        result = CliRunner().invoke(cli.app, [command, "r.yaml", "--set", "data.survey=false"])
+        result = CliRunner().invoke(cli.app, [command, "r.yaml", "--set", "max_rows=5"])
         assert result.exit_code == 2
         assert f"error: r.yaml:{says}" in result.output
+
+
+def test_errors_of_a_strategy_file_name_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").write_text("title: x\nstages:\n- rules:\n  - part: head\n")
+    Path("r.yaml").write_text("model: m\ntask: classification\ndata: {train: a.csv}\nstrategy: ./s.yaml\n")
+    error = refused("", lambda: Recipe.make("r.yaml"))
+    assert error.problem == "s.yaml:4: stages.0.rules.0.method is missing"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("task: classificaton", '6: task: unknown task "classificaton"'),
+        ("task: classification\ngoal: {maximize: macro_f2}", '7: goal: unknown metric "macro_f2"'),
+        ("task: classification\ngoal:\n  minimize: accuracy", "8: goal: minimize accuracy"),
+        ("task: classification\nnum_beams: 2", "7: num_beams: is not of the task classification"),
+    ],
+)
+def test_what_a_task_does_not_know_is_named_with_its_line(text: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\ndata:\n  train: a.csv\n\n\n" + text + "\n")
+    refused(re.escape(f"{file}:{says}"), lambda: api.tune(file))
+    assert f"error: {file}:{says}" in CliRunner().invoke(cli.app, ["tune", str(file)]).output
 
 
 def test_no_line_is_named_where_the_value_came_another_way(tmp_path: Path) -> None:

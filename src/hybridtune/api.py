@@ -76,10 +76,11 @@ def tune(
             written, and with `overwrite` nothing is removed, so that the mended call can simply be made again.
     """
     console = console or Console()
-    asked = Recipe.make(recipe, **keys)
-    task = tasks.of(asked)
-    own = OwnMetrics.load(asked.metrics, task)
-    metric, direction = _goal(asked, task, own, compute_metrics is not None)
+    with placed(recipe):
+        asked = Recipe.make(recipe, **keys)
+        task = tasks.of(asked)
+        own = OwnMetrics.load(asked.metrics, task)
+        metric, direction = _goal(asked, task, own, compute_metrics is not None)
     folder = folders.claim(asked, resume, overwrite)
     starts.refuse_no_model(asked)
 
@@ -144,9 +145,12 @@ def _goal(recipe: Recipe, task: Task, own: OwnMetrics, computes: bool) -> tuple[
     metric, way = recipe.goal.metric or task.metric, recipe.goal.direction
     known = {**task.metrics, **own.directions, "loss": "minimize"}
     if metric not in known and not computes:
-        raise RecipeError(f"goal: {unknown('metric', metric, known)}", expected=", ".join(known))
+        problem = f"goal: {unknown('metric', metric, known)}"
+        raise RecipeError(problem, at=("goal", way), given=metric, expected=", ".join(known))
     if recipe.goal.metric and known.get(metric, way) != way:
-        raise RecipeError(f"goal: {way} {metric}", expected=f"{known[metric]}: {metric}")
+        raise RecipeError(
+            f"goal: {way} {metric}", at=("goal", way), given=metric, expected=f"{known[metric]}: {metric}"
+        )
     return metric, known.get(metric, way)
 
 
@@ -217,14 +221,14 @@ def check(
         UserError: the model cannot be loaded, or a strategy cannot be kept on it; both say how long texts may be.
     """
     console = console or Console()
-    packaged, file = False, Path(recipe) if isinstance(recipe, (str, Path)) else None
+    packaged, source = False, recipe
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(Path(recipe)) if isinstance(recipe, (str, Path)) else recipe or {}
         packaged = "model" not in {**recipe, **keys}
         recipe = CHECKED | recipe
-    with placed(file):
+    with placed(source):
         asked = Recipe.make(recipe, **keys)
-    task = tasks.of(asked)
+        task = tasks.of(asked)
     if not (packaged and task.writes):
         starts.refuse_no_model(asked)
     rows, about = prepare.rows_of(asked, task, console)

@@ -79,6 +79,9 @@ def _open_strategy(tree: dict[str, Any], steps: list[str], assignment: str) -> l
         one = {"name": chosen.name, **chosen.model_dump(exclude_unset=True, exclude={"name"})}
     elif isinstance(one, dict) and "rules" in one and steps[2:3] == ["stages"]:
         one = {"name": one.get("name") or "custom", "stages": [one]}
+    if not isinstance(asked, list) and len(steps) > 2:
+        tree["strategy"] = one
+        return [steps[0], *steps[2:]]
     tree["strategy"] = [*listed[:at], one, *listed[at + 1 :]]
     return steps
 

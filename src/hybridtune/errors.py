@@ -58,14 +58,17 @@ class RecipeError(UserError):
 
     Args:
         problem: as above.
+        where: the recipe is, where that is to be said.
         at: keys and numbers that lead to what it is about in the recipe.
         given: what stands there, as far as this is known.
         **told: as above.
     """
 
-    def __init__(self, problem: str, *, at: tuple[Any, ...] | None = None, given: object = None, **told: Any) -> None:
-        super().__init__(problem, **told)
-        self.at, self.given = at, given
+    def __init__(
+        self, problem: str, *, where: str = "", at: tuple[Any, ...] | None = None, given: object = None, **told: Any
+    ) -> None:
+        super().__init__(f"{where}: {problem}" if where else problem, **told)
+        self.said, self.at, self.given = problem, at, given
 
 
 class DataError(UserError):

@@ -9,11 +9,11 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import RecipeError, nearest
 
-Path = tuple[Any, ...]  # the keys and numbers that lead to something in a tree of keys
+Place = tuple[Any, ...]  # the keys and numbers that lead to something in a tree of keys
 
 
 def as_recipe_error(
-    error: ValidationError, where: str, root: type[BaseModel], at: Path = (), within: Path = ()
+    error: ValidationError, where: str, root: type[BaseModel], name: str = "", at: Place = (), within: Place = ()
 ) -> RecipeError:
     """The first error of a validation, with all that was tried in its place.
 
@@ -21,37 +21,40 @@ def as_recipe_error(
         error: of pydantic.
         where: the keys stand, for its message.
         root: what was made of them.
+        name: of what they are about.
         at: leads to them in the recipe.
         within: what leads to them in `root`, where they are a part of it alone.
     """
     first = error.errors()[0]
     path = _keys_of(first["loc"])
-    name = ".".join(map(str, path))
+    key = ".".join(map(str, path))
 
-    def made(problem: str, path: Path, given: Any, **told: Any) -> RecipeError:
-        return RecipeError(f"{where}: {problem}", at=(*at, *path[len(within) :]), given=given, **told)
+    def made(problem: str, path: Place, given: Any, **told: Any) -> RecipeError:
+        problem = f"{name}: {problem}" if name else problem
+        return RecipeError(problem, where=where, at=(*at, *path[len(within) :]), given=given, **told)
 
     if first["type"] == "extra_forbidden":
         if path[-1] in _OTHERS:
             problem, expected, mend = _OTHERS[path[-1]]
-            return made(f"{name}: {problem}", path, first["input"], expected=expected, mend=mend)
-        short = {key: group for group in ("data", "goal") for key in _group(root, (group,)) if group in _group(root)}
-        known, of_data = sorted(_group(root, path[:-1])), short.get(name) == "data"
+            return made(f"{key}: {problem}", path, first["input"], expected=expected, mend=mend)
+        own = _group(root)
+        short = {one: group for group in ("data", "goal") if group in own for one in _group(root, (group,))}
+        known, of_data = sorted(_group(root, path[:-1])), short.get(key) == "data"
         guess = None if of_data else nearest(str(path[-1]), [*known, *(short if len(path) == 1 else ())])
         return made(
-            f"unknown key {name}" + (f", did you mean {guess}?" if guess else ""),
+            f"unknown key {key}" + (f", did you mean {guess}?" if guess else ""),
             path,
             first["input"],
             expected=None if guess else ", ".join(known),
-            mend=f"write data: {{{name}: ...}}" if of_data else None,
+            mend=f"write data: {{{key}: ...}}" if of_data else None,
         )
     if first["type"] == "missing":
-        example = _EXAMPLES.get(name, "...")
-        flag = f", or --{name} {example}" if name in _EXAMPLES else ""
-        return made(f"{name} is missing", path[:-1], first["input"], mend=f"add {name}: {example}{flag}")
+        example = _EXAMPLES.get(key, "...")
+        flag = f", or --{key} {example}" if key in _EXAMPLES else ""
+        return made(f"{key} is missing", path[:-1], first["input"], mend=f"add {key}: {example}{flag}")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, Exception):
-        return made(f"{name + ': ' if name else ''}{cause}", path, first["input"])
+        return made(f"{key + ': ' if key else ''}{cause}", path, first["input"])
     # Where a key takes several kinds of values there is an error for each: what got furthest is what was meant.
     tried = [other for other in error.errors() if _keys_of(other["loc"])[: len(path)] == path]
     deepest = max(tried, key=lambda other: len(_keys_of(other["loc"])))
@@ -66,14 +69,14 @@ def as_recipe_error(
     return made(f"{'.'.join(map(str, path))}{verdict}", path, given, found=repr(given))
 
 
-def _keys_of(location: tuple[Any, ...]) -> Path:
+def _keys_of(location: tuple[Any, ...]) -> Place:
     """The keys and numbers of a place; pydantic also names the kinds of values that it tried there."""
     return tuple(
         step for step in location if isinstance(step, int) or (re.fullmatch(r"\w+", step) and step not in _KINDS)
     )
 
 
-def _group(root: type[BaseModel], path: Path = ()) -> dict[str, Any]:
+def _group(root: type[BaseModel], path: Place = ()) -> dict[str, Any]:
     """The keys of the group that a path leads to, or that it ends in."""
     model = root
     for step in path:

@@ -311,10 +311,15 @@ class Recipe(Training):
     def _find_metrics(cls, files: str | list[str] | None) -> str | list[str] | None:
         return list(map(own_file.absolute, files)) if isinstance(files, list) else files and own_file.absolute(files)
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: list[int] | None) -> list[int] | None:
+        if seeds and len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is listed more than once")
+        return seeds
+
     @model_validator(mode="after")
     def _strategies_exist(self) -> Recipe:
-        if self.seeds and len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: a seed is listed more than once")
         self.strategies()
         return self
 
@@ -329,18 +334,17 @@ class Recipe(Training):
         Raises:
             RecipeError: a key is unknown, missing or has a value it cannot have.
         """
-        file = Path(source) if isinstance(source, (str, Path)) else None
-        where = NOWHERE if file is None else str(file)
+        where = str(Path(source)) if isinstance(source, (str, Path)) else NOWHERE
         if isinstance(source, Recipe):
             asked: dict[str, Any] = source.model_dump(exclude_unset=True)
             asked["data"] = {name: getattr(source.data, name) for name in source.data.model_fields_set}
             asked["hub_token"] = source.hub_token  # no dump holds it
-        elif isinstance(source, dict):
-            asked = dict(source)
+        elif isinstance(source, (str, Path)):
+            asked = read_recipe(Path(source))
         else:
-            asked = {} if file is None else read_recipe(file)
-        asked = with_keys(asked, keys, where)
-        with placed(file):
+            asked = dict(source or {})
+        with placed(source):
+            asked = with_keys(asked, keys, where)
             try:
                 return cls(**asked)
             except ValidationError as error:
@@ -362,10 +366,13 @@ class Recipe(Training):
         if not found:
             raise RecipeError("strategy: the list is empty", mend="name at least one strategy")
         names = [strategy.name for strategy in found]
-        for name in names:
-            if names.count(name) > 1:
+        for number, name in enumerate(names):
+            if name in names[:number]:
                 raise RecipeError(
-                    f'strategy: "{name}" is listed more than once', mend="give each candidate its own name"
+                    f'strategy: "{name}" is listed more than once',
+                    at=(*at, number),
+                    given=asked[number],
+                    mend="give each candidate its own name",
                 )
         return found
 
@@ -409,8 +416,9 @@ def load_strategy(name: str, at: tuple[Any, ...] = ()) -> Strategy:
         RecipeError: there is no such strategy.
     """
     if name.endswith((".yaml", ".yml")):
-        with placed(Path(name)):
-            return read_strategy({"name": Path(name).stem, **read_recipe(Path(name), "stages: [...]")}, where=name)
+        with placed(name):
+            file = Path(name)
+            return read_strategy({"name": file.stem, **read_recipe(file, "stages: [...]")}, where=str(file))
     if name not in built_in_strategies():
         raise RecipeError(
             f"strategy: {unknown('strategy', name, built_in_strategies())}",
@@ -438,7 +446,14 @@ def with_keys(tree: dict[str, Any], keys: dict[str, Any], where: str) -> dict[st
     tree, keys = ({key: value for key, value in one.items() if value is not None} for one in (tree, keys))
     data = keys.pop("data", tree.get("data"))
     if data is not None and not isinstance(data, dict):
-        raise RecipeError(f"{where}: data is not a mapping", found=data, expected=", ".join(Data.model_fields))
+        raise RecipeError(
+            "data is not a mapping",
+            where=where,
+            at=("data",),
+            given=data,
+            found=data,
+            expected=", ".join(Data.model_fields),
+        )
     data = dict(data or {})
     columns = keys.get("columns")
     if isinstance(columns, dict) and isinstance(data.get("columns"), dict):
@@ -461,16 +476,14 @@ def are_stages(asked: Any) -> bool:
     )
 
 
-def read_strategy(
-    asked: Any, at: tuple[Any, ...] = (), within: tuple[Any, ...] = (), where: str | None = None
-) -> Strategy:
+def read_strategy(asked: Any, at: tuple[Any, ...] = (), within: tuple[Any, ...] = (), where: str = "") -> Strategy:
     """Reads a strategy from any of its forms.
 
     Args:
         asked: a `Strategy`, its name or file, its keys, or one stage.
         at: where it stands in the recipe.
         within: what leads to that in its keys, where it is a part of them alone.
-        where: it stands, for messages.
+        where: the file is whose keys these are.
 
     Raises:
         RecipeError: there is no such strategy, or a key is unknown, missing or has a value it cannot have.
@@ -494,5 +507,5 @@ def read_strategy(
     try:
         return Strategy(**{"name": "custom", **asked})
     except ValidationError as error:
-        where = where or f'strategy "{asked.get("name", "custom")}"'
-        raise as_recipe_error(error, where, Strategy, at, within) from None
+        name = "" if where else f'strategy "{asked.get("name", "custom")}"'
+        raise as_recipe_error(error, where, Strategy, name, at, within) from None

@@ -52,11 +52,11 @@ def read_recipe(path: Path, expected: str = "model:, task:, data: ...") -> dict[
 
 
 @contextmanager
-def placed(path: Path | None) -> Iterator[None]:
+def placed(source: Any) -> Iterator[None]:
     """Has errors about keys say on which line of a file they stand; keys that came another way have none.
 
     Args:
-        path: the file that keys were read from, or None.
+        source: where keys come from; what is no path of a file leaves errors as they are.
 
     Raises:
         RecipeError: what was raised inside.
@@ -64,21 +64,23 @@ def placed(path: Path | None) -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
-        line = None if path is None or error.at is None else _line(path, error.at, error.given)
+        line = None
+        if isinstance(source, (str, Path)) and error.at is not None:
+            line = _line(Path(source), error.at, error.given)
         if line is None:
             raise
-        problem = error.problem.removeprefix(f"{NOWHERE}: ").removeprefix(f"{path}: ")
+        where = f"{Path(source)}:{line}"
         raise RecipeError(
-            f"{path}:{line}: {problem}", found=error.found, expected=error.expected, mend=error.mend
+            error.said, where=where, found=error.found, expected=error.expected, mend=error.mend
         ) from None
 
 
 def _line(path: Path, at: tuple[Any, ...], given: Any) -> int | None:
     """Where a file says this; None where something else is said there, or nothing."""
-    text = path.read_text("utf-8")
-    line, here = yaml12.lines(text).get(at), yaml12.load(text)
-    if line is None:
+    try:
+        line, here = yaml12.lines(path.read_text("utf-8")).get(at), read_recipe(path)
+        for step in at:
+            here = here[step]
+        return line if repr(here) == repr(given) else None  # two that are not a number are not equal
+    except (OSError, LookupError, TypeError, RecipeError):
         return None
-    for step in at:
-        here = here[step]
-    return line if type(here) is type(given) and here == given else None

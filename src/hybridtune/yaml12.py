@@ -65,6 +65,8 @@ def load(text: str) -> Any:
 def lines(text: str) -> dict[tuple[Any, ...], int]:
     """The lines, from 1, that keys and entries stand on, by the keys and numbers that lead to them.
 
+    Keys are as they are written; what an alias in a list stands for is where its anchor is.
+
     Raises:
         yaml.YAMLError: it is not YAML.
     """
@@ -80,7 +82,7 @@ def lines(text: str) -> dict[tuple[Any, ...], int]:
         else:
             return
         for step, begins, value in inner:
-            found[(*path, step)] = begins.start_mark.line + 1
+            found[(*path, step)] = 1 + text.count("\n", 0, begins.start_mark.index)
             walk(value, (*path, step), (*above, node))
 
     walk(yaml.compose(text, _Loader), (), ())

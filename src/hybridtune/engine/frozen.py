@@ -20,8 +20,6 @@ from ..model import digest_of
 from .batches import is_row
 from .store import Limits, Store, of_process
 
-LEAST = (64, 256, 512)  # how few tokens are computed at once, the first of these that does: see `Frozen.least`
-
 
 @dataclass
 class Caches:
@@ -98,7 +96,7 @@ class Frozen:
     depth: int
     modules: tuple[nn.Module, ...]
     store: Store
-    least: int | None = LEAST[0]
+    least: int | None = 512  # until it is known
     weights: Weights = field(default_factory=lambda: Weights({}))
 
     def calm(self) -> None:
@@ -115,7 +113,7 @@ class Frozen:
         if self.least is None or not missing:
             return [[row] for row in missing]
         tokens = int(mask[missing].bool().sum())
-        return [missing * max(-(-self.least // max(tokens, 1)), 1)]
+        return [missing * -(-self.least // max(tokens, 1))]
 
     def keep(self, rows: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor]:
         """Keeps rows [tokens, width] by their keys; returns those for which there is no room."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.sdpa_attention import repeat_kv
 
 from . import dropout
 from .casts import compute_type
@@ -21,7 +20,7 @@ SHORT = 256  # tokens up to which torch's kernel is slower in half precision
 
 
 class _Attention(torch.autograd.Function):
-    """Of [heads, rows, length, head width]: so lie the rows of a group, and so they need no copies for the products."""
+    """Of [heads * rows, length, head width] each; bias and mask are [heads or 1, rows or 1, queries, keys]."""
 
     @staticmethod
     def forward(
@@ -31,17 +30,19 @@ class _Attention(torch.autograd.Function):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         mask: torch.Tensor | None,
+        rows: int,
         scaling: float,
         p: float,
     ) -> torch.Tensor:
-        scores = _product(query, key.transpose(-1, -2), scaling)
+        scores = _product(query, key.transpose(1, 2), scaling)
+        by_rows = torch.unflatten(scores, 0, (-1, rows))
         if bias is not None:
-            scores = scores.add_(bias)
+            by_rows.add_(bias)
         if mask is not None:
-            scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
+            by_rows.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else by_rows.add_(mask)
         weights = scores.softmax(-1)
         kept, ctx.scale = dropout.drawn(weights.shape, p, weights.dtype) if p else (None, 1.0)
-        ctx.scaling, ctx.bias = scaling, None if bias is None else bias.dtype
+        ctx.rows, ctx.scaling, ctx.bias = rows, scaling, None if bias is None else bias.dtype
         ctx.save_for_backward(query, key, value, weights, kept)
         return _product(weights if kept is None else weights * kept, value, ctx.scale)
 
@@ -49,29 +50,27 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, weights, kept = ctx.saved_tensors
         thinned = weights if kept is None else weights * kept
-        for_value = _product(thinned.transpose(-1, -2), gradient, ctx.scale)
-        for_weights = _product(gradient, value.transpose(-1, -2), ctx.scale)
+        for_value = _product(thinned.transpose(1, 2), gradient, ctx.scale)
+        for_weights = _product(gradient, value.transpose(1, 2), ctx.scale)
         if kept is not None:
             for_weights = for_weights.mul_(kept)
         for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
-        # one for all rows of a group
-        for_bias = for_scores.sum(1, keepdim=True, dtype=ctx.bias) if ctx.needs_input_grad[3] else None
+        for_bias = None
+        if ctx.needs_input_grad[3]:  # one for all rows of a group
+            for_bias = torch.unflatten(for_scores, 0, (-1, ctx.rows)).sum(1, keepdim=True, dtype=ctx.bias)
         return (
             _product(for_scores, key, ctx.scaling),
-            _product(for_scores.transpose(-1, -2), query, ctx.scaling),
+            _product(for_scores.transpose(1, 2), query, ctx.scaling),
             for_value,
             for_bias,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor * left @ right, of [heads, rows, ...] each, without a pass for the factor."""
-    shape = (*left.shape[:-1], right.shape[-1])
-    left, right = left.flatten(0, 1), right.flatten(0, 1)
-    return left.new_empty(len(left), *shape[-2:]).baddbmm_(left, right, beta=0, alpha=factor).view(shape)
+    """factor * left @ right, without a pass for the factor."""
+    empty = left.new_empty(len(left), left.shape[1], right.shape[2])
+    return empty.baddbmm_(left, right, beta=0, alpha=factor)
 
 
 def pays(query: torch.Tensor, key: torch.Tensor, p: float) -> bool:
@@ -99,16 +98,16 @@ def attention(
     position_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
     """Stands in for transformers' sdpa where that pays; shapes and meaning are the same."""
-    groups = getattr(module, "num_key_value_groups", 1)
+    groups, rows = getattr(module, "num_key_value_groups", 1), len(query)
     dtype = compute_type(query)  # rotated queries and keys may be of another type than values
-    query, key, value = query.to(dtype), repeat_kv(key, groups).to(dtype), repeat_kv(value, groups).to(dtype)
+    states = [one.to(dtype).transpose(0, 1) for one in (query, key, value)]  # as they lie where rows were padded
+    if groups > 1:
+        states[1:] = [one.repeat_interleave(groups, 0) for one in states[1:]]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if causal and attention_mask is None:
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    bias, mask = (one if one is None else one.transpose(0, 1) for one in (position_bias, attention_mask))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    heads_first = [
-        one if one is None or one.dim() < 4 else one.transpose(0, 1)
-        for one in (query, key, value, position_bias, attention_mask)
-    ]
-    result: torch.Tensor = _Attention.apply(*heads_first, scaling, dropout)  # type: ignore[no-untyped-call]
-    return result.permute(1, 2, 0, 3), None
+    flat = [one.flatten(0, 1) for one in states]
+    result: torch.Tensor = _Attention.apply(*flat, bias, mask, rows, scaling, dropout)  # type: ignore[no-untyped-call]
+    return torch.unflatten(result, 0, (-1, rows)).permute(1, 2, 0, 3), None

@@ -25,9 +25,11 @@ from .attention import MARK, Mask, attention, carry, is_plain, of
 from .batches import is_row
 from .casts import autocast_type
 from .decoder import MASK, hides, mask_of
-from .frozen import LEAST, Frozen, keys_of
+from .frozen import Frozen, keys_of
 from .layout import Layout
 from .patch import in_evaluation, patch
+
+TRIED = (64, 256, 512)  # tokens that frozen layers are given at once, at least
 
 
 class Seam:
@@ -110,8 +112,8 @@ class Seam:
         keys = keys_of(batch)
         left: dict[bytes, torch.Tensor] = {}
         for rows in frozen.portions(keys, batch["attention_mask"]):
-            computed = self._compute(batch, rows)
-            left |= frozen.keep({keys[row]: hidden for row, hidden in computed.items()})
+            computed = zip(rows, self._compute(batch, rows), strict=True)
+            left |= frozen.keep({keys[row]: hidden for row, hidden in computed})
         return [left[key] if key in left else frozen.store.get(key) for key in keys]
 
     def least(self, batch: dict[str, Any]) -> int | None:
@@ -128,20 +130,26 @@ class Seam:
         """
         mask = batch["attention_mask"].bool()
         if mask.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-            return 0
-        lengths = [int(length) for length in mask.sum(1)]
+            return 1
+        lengths = [max(int(length), 1) for length in mask.sum(1)]
         rows, short = list(range(len(lengths))), lengths.index(min(lengths))
-        many = self._compute(batch, [short, *rows * -(-2 * LEAST[-1] // sum(lengths))])
-        for least in (max(one, lengths[short]) for one in LEAST):
+        many = [short, *rows * -(-2 * TRIED[-1] // sum(lengths))]
+        expected = dict(zip(many, states := self._compute(batch, many), strict=True))
+
+        def same(portion: list[int], states: list[torch.Tensor]) -> bool:
+            return all(torch.equal(state, expected[row]) for row, state in zip(portion, states, strict=True))
+
+        if not same(many, states):
+            return None
+        for least in dict.fromkeys(max(one, lengths[short]) for one in TRIED):
             portions = [[short] * -(-size // lengths[short]) for size in (least, 3 * least // 2)]
             portions.append(rows[::-1] * -(-2 * least // sum(lengths)))
-            few = [self._compute(batch, portion) for portion in portions]
-            if all(torch.equal(hidden, many[row]) for given in few for row, hidden in given.items()):
+            if all(same(portion, self._compute(batch, portion)) for portion in portions):
                 return least
         return None
 
-    def _compute(self, batch: dict[str, Any], rows: list[int]) -> dict[int, torch.Tensor]:
-        """Runs the frozen layers, and no further, on some rows of a batch; gives each its hidden states."""
+    def _compute(self, batch: dict[str, Any], rows: list[int]) -> list[torch.Tensor]:
+        """Runs the frozen layers, and no further, on rows of a batch; gives each its hidden states."""
         stack, count = self.stacks[0], len(batch["attention_mask"])
         chosen = {key: value[rows] if is_row(value, count) else value for key, value in batch.items()}
         stack.stops = True
@@ -149,7 +157,8 @@ class Seam:
             with in_evaluation(self.model), torch.no_grad():
                 self.model(**chosen)
         except _Stopped as stopped:
-            return {rows[at]: row for at, row in stopped.layout.rows(stopped.hidden).items()}
+            found = stopped.layout.rows(stopped.hidden)
+            return [found[at] for at in range(len(rows))]
         finally:
             stack.stops = False
         raise RuntimeError("the model does not come to its frozen layers")

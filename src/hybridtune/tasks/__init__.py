@@ -410,7 +410,10 @@ def load(name: str) -> type[Task]:
         return own
     if name not in names():
         raise RecipeError(
-            f"task: {unknown('task', name, names())}", expected=", ".join(names()) + ", or a path such as ./mine.py"
+            f"task: {unknown('task', name, names())}",
+            at=("task",),
+            given=name,
+            expected=", ".join(names()) + ", or a path such as ./mine.py",
         )
     task: type[Task] = importlib.import_module(f".{name}", __name__).Task
     return task
@@ -428,7 +431,11 @@ def of(recipe: Recipe) -> Task:
         if getattr(recipe, key) is not None:
             which = ", ".join(name for name in names() if key in load(name).keys)
             raise RecipeError(
-                f"{key}: is not of the task {recipe.task}", expected=f"task: {which}", mend="leave it away"
+                f"{key}: is not of the task {recipe.task}",
+                at=(key,),
+                given=getattr(recipe, key),
+                expected=f"task: {which}",
+                mend="leave it away",
             )
     return task.from_recipe(recipe)
 
