@@ -86,7 +86,7 @@ BOUNDS = [
 # What torch's operations are for; what it calls by other names, and Python itself, is the rest.
 KINDS = {
     "products with weights": r"aten::(mm|addmm_?)",
-    "attention": r"aten::(bmm|baddbmm|masked_fill_|_?softmax|_softmax_backward_data|_scaled_dot_product.*)",
+    "attention": r"aten::(bmm|baddbmm_?|masked_fill_|_?softmax|_softmax_backward_data|_scaled_dot_product.*)",
     "dropout": r"aten::(random_|bernoulli_|ge_|native_dropout.*)",
     "optimizer": r"aten::(_fused_adamw_|linalg_vector_norm)",
     "copies, casts, sums": r"aten::(copy_|fill_|index_(select|add_|copy)|cat|add_?|mul_?|sum|div_|where)",
