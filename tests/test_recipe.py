@@ -21,11 +21,11 @@ from datasets import Dataset
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from hybridtune import api, cli, model, tasks, yaml12
+from hybridtune import api, cli, methods, model, tasks, yaml12
 from hybridtune.anatomy import Anatomy
 from hybridtune.assignments import with_values
 from hybridtune.compose import Assembly
-from hybridtune.errors import RecipeError, UserError
+from hybridtune.errors import MethodError, RecipeError, UserError
 from hybridtune.recipe import (
     Recipe,
     Rule,
@@ -287,6 +287,55 @@ def test_errors_name_the_line_of_the_file(name: str, tmp_path: Path, monkeypatch
         result = CliRunner().invoke(cli.app, [command, "r.yaml", "--set", "max_rows=5"])
         assert result.exit_code == 2
         assert f"error: r.yaml:{says}" in result.output
+
+
+RULES = {
+    "method: loar": 'method: unknown method "loar", did you mean "lora"?',
+    "method: lora, rank: 8": "method lora: unknown option rank, did you mean r?",
+    "method: lora, r: 0": "method lora: r: should be greater than 0",
+    "method: lora, use_dora: 3": "method lora: use_dora: should be a valid boolean, unable to interpret input",
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ("strategy:\n- head\n- name: x\n  stages:\n  - rules:\n    - {}", '10: strategy "x": stages.0.rules.0: '),
+        ("strategy:\n  rules:\n  - {{part: head, method: full}}\n  - {}", '8: strategy "custom": stages.0.rules.1: '),
+        (
+            "strategy:\n- rules: [{{part: head, method: full}}]\n- previous: merge\n  rules:\n  - {}",
+            '9: strategy "custom": stages.1.rules.0: ',
+        ),
+    ],
+)
+def test_a_method_or_option_that_is_not_there_is_refused_before_data_is_read(
+    rule: str, form: str, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "r.yaml"
+    asked = form.format(f"{{part: layers, {rule}}}")
+    file.write_text(f"model: m\ntask: classification\ndata: {{train: a.csv}}\n\n{asked}\n")
+    for call in (api.tune, api.check):
+        with pytest.raises((RecipeError, MethodError)) as raised:
+            call(file)
+        assert raised.value.problem == f"{file}:{says}{RULES[rule]}"
+
+
+def test_options_that_an_earlier_stage_may_give_are_not_asked_for_before_it_is_known(tmp_path: Path) -> None:
+    rules = [{"part": "embeddings", "method": "prompt", "prompt_tuning_init": "TEXT"}]
+    asked = make(strategy=[{"rules": rules}])
+    (strategy,) = asked.strategies(methods.check)
+    with pytest.raises(RecipeError, match="a text, since"):
+        methods.options_of(methods.load("prompt"), strategy.stages[0].rules[0].options)
+
+
+def test_a_method_in_a_strategy_file_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("stages:\n- rules:\n  - part: head\n    method: ful\n")
+    (tmp_path / "r.yaml").write_text("model: m\ntask: classification\ndata: {train: a.csv}\n")
+    with pytest.raises(MethodError) as raised:
+        api.tune(tmp_path / "r.yaml", strategy=["head", str(tmp_path / "s.yaml")])
+    problem = 'stages.0.rules.0: method: unknown method "ful", did you mean "full"?'
+    assert raised.value.problem == f"{tmp_path / 's.yaml'}:4: {problem}"
 
 
 def test_errors_of_a_strategy_file_name_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import EvalPrediction, TrainerCallback
 
-from . import comparison, environment, evaluate, export, own_file, prepare, report, select, tasks
+from . import comparison, environment, evaluate, export, methods, own_file, prepare, report, select, tasks
 from . import console as consoles
 from . import folder as folders
 from . import model as models
@@ -78,6 +78,7 @@ def tune(
     console = console or Console()
     with placed(recipe):
         asked = Recipe.make(recipe, **keys)
+        asked.strategies(methods.check)
         task = tasks.of(asked)
         own = OwnMetrics.load(asked.metrics, task)
         metric, direction = _goal(asked, task, own, compute_metrics is not None)
@@ -228,6 +229,7 @@ def check(
         recipe = CHECKED | recipe
     with placed(source):
         asked = Recipe.make(recipe, **keys)
+        asked.strategies(methods.check)
         task = tasks.of(asked)
     if not (packaged and task.writes):
         starts.refuse_no_model(asked)

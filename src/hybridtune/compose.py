@@ -386,5 +386,4 @@ def try_out(assembly: Assembly, strategy: Strategy, number: int, stage: Stage) -
     try:
         assembly.begin(stage)
     except MethodError as error:
-        problem = f"strategy {strategy.name}, stage {number + 1} ({stage.name}): {error.problem}"
-        raise MethodError(problem, found=error.found, expected=error.expected, mend=error.mend) from None
+        raise error.but(f"strategy {strategy.name}, stage {number + 1} ({stage.name}): {error.problem}") from None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class HybridtuneError(Exception):
@@ -48,13 +48,7 @@ class TrainingError(HybridtuneError):
 
 
 class UserError(HybridtuneError):
-    """What was asked for cannot be done as it was written."""
-
-    exit_code = 2
-
-
-class RecipeError(UserError):
-    """A key, value, strategy, stage or rule of the recipe.
+    """What was asked for cannot be done as it was written.
 
     Args:
         problem: as above.
@@ -64,11 +58,22 @@ class RecipeError(UserError):
         **told: as above.
     """
 
+    exit_code = 2
+
     def __init__(
         self, problem: str, *, where: str = "", at: tuple[Any, ...] | None = None, given: object = None, **told: Any
     ) -> None:
         super().__init__(f"{where}: {problem}" if where else problem, **told)
         self.said, self.at, self.given = problem, at, given
+
+    def but(self, problem: str, **other: Any) -> Self:
+        """The same error with another problem, and whatever else is given in place of its own."""
+        told = {key: getattr(self, key) for key in ("at", "given", "found", "expected", "mend")}
+        return type(self)(problem, **told | other)
+
+
+class RecipeError(UserError):
+    """A key, value, strategy, stage or rule of the recipe."""
 
 
 class DataError(UserError):

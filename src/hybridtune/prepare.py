@@ -184,10 +184,9 @@ def _of_max_rows(recipe: Recipe, task: Task, source: str, train: Dataset, error:
     have, there = (len(set(map(str, rows[task.target][:]))) for rows in (train, every))
     if have == there:
         return error
-    return DataError(
+    return error.but(
         error.problem,
         found=f"{have} of the {there} labels of train among the first choice of rows (max_rows: {recipe.max_rows})",
-        expected=error.expected,
         mend="take more rows with --max-rows, or all of them",
     )
 

@@ -8,6 +8,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from . import own_file, yaml12
-from .errors import RecipeError, unknown
+from .errors import RecipeError, UserError, unknown
 from .mistakes import as_recipe_error
 from .recipe_file import NOWHERE, placed, read_recipe
 
@@ -131,6 +132,9 @@ class Stage(Training):
     rules: list[Rule] = Field(min_length=1)
     previous: Literal["keep", "merge", "drop"] = "keep"
     repeat: int | None = Field(None, gt=0)
+
+
+Check = Callable[[Rule], None]
 
 
 class Strategy(Keys):
@@ -350,19 +354,22 @@ class Recipe(Training):
             except ValidationError as error:
                 raise as_recipe_error(error, where, cls) from None
 
-    def strategies(self) -> list[Strategy]:
+    def strategies(self, check: Check = lambda rule: None) -> list[Strategy]:
         """Returns the candidates: one strategy, or several that are raced.
+
+        Args:
+            check: refuses a rule that cannot be kept; its errors say which rule it is.
 
         Raises:
             RecipeError: a strategy is unknown or cannot be read.
         """
         asked, at = self.strategy, ("strategy",)
         if are_stages(asked):
-            return [read_strategy({"name": "custom", "stages": asked}, at, within=("stages",))]
+            return [read_strategy({"name": "custom", "stages": asked}, at, check, within=("stages",))]
         if isinstance(asked, (list, tuple)):
-            found = [read_strategy(item, (*at, number)) for number, item in enumerate(asked)]
+            found = [read_strategy(item, (*at, number), check) for number, item in enumerate(asked)]
         else:
-            found = [read_strategy(asked, at)]
+            found = [read_strategy(asked, at, check)]
         if not found:
             raise RecipeError("strategy: the list is empty", mend="name at least one strategy")
         names = [strategy.name for strategy in found]
@@ -405,12 +412,13 @@ def without_heads(strategy: Strategy) -> Strategy:
     return strategy.model_copy(update={"stages": stages})
 
 
-def load_strategy(name: str, at: tuple[Any, ...] = ()) -> Strategy:
+def load_strategy(name: str, at: tuple[Any, ...] = (), check: Check = lambda rule: None) -> Strategy:
     """Reads a strategy by its name, or from a YAML file.
 
     Args:
         name: of the strategy or the file.
         at: where the recipe says it.
+        check: as of `Recipe.strategies`.
 
     Raises:
         RecipeError: there is no such strategy.
@@ -418,7 +426,7 @@ def load_strategy(name: str, at: tuple[Any, ...] = ()) -> Strategy:
     if name.endswith((".yaml", ".yml")):
         with placed(name):
             file = Path(name)
-            return read_strategy({"name": file.stem, **read_recipe(file, "stages: [...]")}, where=str(file))
+            return read_strategy({"name": file.stem, **read_recipe(file, "stages: [...]")}, (), check, where=str(file))
     if name not in built_in_strategies():
         raise RecipeError(
             f"strategy: {unknown('strategy', name, built_in_strategies())}",
@@ -476,12 +484,20 @@ def are_stages(asked: Any) -> bool:
     )
 
 
-def read_strategy(asked: Any, at: tuple[Any, ...] = (), within: tuple[Any, ...] = (), where: str = "") -> Strategy:
+def read_strategy(
+    asked: Any,
+    at: tuple[Any, ...] = (),
+    check: Check = lambda rule: None,
+    *,
+    within: tuple[Any, ...] = (),
+    where: str = "",
+) -> Strategy:
     """Reads a strategy from any of its forms.
 
     Args:
         asked: a `Strategy`, its name or file, its keys, or one stage.
         at: where it stands in the recipe.
+        check: as of `Recipe.strategies`.
         within: what leads to that in its keys, where it is a part of them alone.
         where: the file is whose keys these are.
 
@@ -491,7 +507,7 @@ def read_strategy(asked: Any, at: tuple[Any, ...] = (), within: tuple[Any, ...] 
     if isinstance(asked, Strategy):
         return asked
     if isinstance(asked, (str, Path)):
-        return load_strategy(str(asked), at)
+        return load_strategy(str(asked), at, check)
     if isinstance(asked, Stage):
         asked = {"name": asked.name or "custom", "stages": [asked]}
     if not isinstance(asked, dict):
@@ -504,8 +520,18 @@ def read_strategy(asked: Any, at: tuple[Any, ...] = (), within: tuple[Any, ...] 
         )
     if "rules" in asked:
         asked, within = {"name": asked.get("name") or "custom", "stages": [asked]}, ("stages", 0)
+    name = "" if where else f'strategy "{asked.get("name", "custom")}"'
     try:
-        return Strategy(**{"name": "custom", **asked})
+        strategy = Strategy(**{"name": "custom", **asked})
     except ValidationError as error:
-        name = "" if where else f'strategy "{asked.get("name", "custom")}"'
         raise as_recipe_error(error, where, Strategy, name, at, within) from None
+    for number, stage in enumerate(strategy.stages):
+        for n, rule in enumerate(stage.rules):
+            try:
+                check(rule)
+            except UserError as error:
+                path = ("stages", number, "rules", n)
+                problem = ": ".join(filter(None, (name, ".".join(map(str, path)), error.said)))
+                place = None if error.at is None else (*at, *(*path, *error.at)[len(within) :])
+                raise error.but(problem, where=where, at=place) from None
+    return strategy

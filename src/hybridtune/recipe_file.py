@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from . import yaml12
-from .errors import RecipeError, nearest_file
+from .errors import RecipeError, UserError, nearest_file
 
 NOWHERE = "the recipe"  # what keys that are in no file are called in messages
 
@@ -59,20 +59,17 @@ def placed(source: Any) -> Iterator[None]:
         source: where keys come from; what is no path of a file leaves errors as they are.
 
     Raises:
-        RecipeError: what was raised inside.
+        UserError: what was raised inside.
     """
     try:
         yield
-    except RecipeError as error:
+    except UserError as error:
         line = None
         if isinstance(source, (str, Path)) and error.at is not None:
             line = _line(Path(source), error.at, error.given)
         if line is None:
             raise
-        where = f"{Path(source)}:{line}"
-        raise RecipeError(
-            error.said, where=where, found=error.found, expected=error.expected, mend=error.mend
-        ) from None
+        raise error.but(error.said, where=f"{Path(source)}:{line}") from None
 
 
 def _line(path: Path, at: tuple[Any, ...], given: Any) -> int | None:

@@ -105,13 +105,8 @@ def _of_rule(strategy: Strategy, stage: Stage, rule: Rule) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(
-            f"strategy {strategy.name}, stage {stage.name}, rule {rule.part}: {own_file.shown(rule.method)}: "
-            f"{error.problem}",
-            found=error.found,
-            expected=error.expected,
-            mend=error.mend,
-        ) from None
+        of = f"strategy {strategy.name}, stage {stage.name}, rule {rule.part}: {own_file.shown(rule.method)}"
+        raise error.but(f"{of}: {error.problem}", at=None) from None
 
 
 def _resolve_stage(

@@ -20,6 +20,8 @@ from ..model import digest_of
 from .batches import is_row
 from .store import Limits, Store, of_process
 
+TRIED = (64, 256, 512)  # tokens that frozen layers are given at once, at least
+
 
 @dataclass
 class Caches:
@@ -96,7 +98,7 @@ class Frozen:
     depth: int
     modules: tuple[nn.Module, ...]
     store: Store
-    least: int | None = 512  # until it is known
+    least: int | None = TRIED[-1]  # until it is known
     weights: Weights = field(default_factory=lambda: Weights({}))
 
     def calm(self) -> None:

@@ -25,11 +25,9 @@ from .attention import MARK, Mask, attention, carry, is_plain, of
 from .batches import is_row
 from .casts import autocast_type
 from .decoder import MASK, hides, mask_of
-from .frozen import Frozen, keys_of
+from .frozen import TRIED, Frozen, keys_of
 from .layout import Layout
 from .patch import in_evaluation, patch
-
-TRIED = (64, 256, 512)  # tokens that frozen layers are given at once, at least
 
 
 class Seam:

@@ -39,6 +39,7 @@ from torch import nn
 from .. import own_file
 from ..anatomy import Part
 from ..errors import MethodError, RecipeError, nearest, unknown
+from ..recipe import Rule
 
 
 def _no_names(part: Part, options: Any) -> tuple[str, ...]:
@@ -94,7 +95,10 @@ def load(name: str) -> Method:
         return _method(name, own_file.load(name, "method", MethodError))
     if name not in names():
         raise MethodError(
-            f"method: {unknown('method', name, names())}", expected=", ".join(names()) + ", or a path such as ./mine.py"
+            f"method: {unknown('method', name, names())}",
+            at=("method",),
+            given=name,
+            expected=", ".join(names()) + ", or a path such as ./mine.py",
         )
     return _brought(name)
 
@@ -126,25 +130,55 @@ def options_of(method: Method, given: dict[str, Any]) -> BaseModel:
     Raises:
         RecipeError: an option is unknown or has a value it cannot have.
     """
+    _refuse_unknown(method, given)
+    try:
+        return method.Options(**given)
+    except ValidationError as error:
+        raise _mistake(method, error.errors()[0]) from None
+
+
+def check(rule: Rule) -> None:
+    """Refuses what is wrong with a rule whatever the model is, and whatever an earlier stage has put on it.
+
+    Raises:
+        MethodError: there is no such method.
+        RecipeError: an option is unknown or has a value it cannot have.
+    """
+    method = load(rule.method)
+    _refuse_unknown(method, rule.options)
+    try:
+        method.Options(**rule.options)
+    except ValidationError as error:
+        # Its own validators may look at other options too, which an earlier stage may give.
+        alone = [one for one in error.errors() if "error" not in one.get("ctx", {})]
+        if alone:
+            raise _mistake(method, alone[0]) from None
+
+
+def _refuse_unknown(method: Method, given: dict[str, Any]) -> None:
     known = method.Options.model_fields
-    for option in given:
+    for option, value in given.items():
         if option not in known:
             guess = nearest(option, [*known, "learning_rate", "weight_decay"])
             guess = guess or next((real for real in known if option in _WORDS.get(real, ())), None)
             raise RecipeError(
                 f"method {method.name}: unknown option {option}" + (f", did you mean {guess}?" if guess else ""),
+                at=(option,),
+                given=value,
                 expected=", ".join(known) or "no options",
             )
-    try:
-        return method.Options(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(str(step) for step in first["loc"]) or "its options"
-        cause = first.get("ctx", {}).get("error")
-        raise RecipeError(
-            f"method {method.name}: {option}: {cause or first['msg'].removeprefix('Input ')}",
-            found=repr(first.get("input")),
-        ) from None
+
+
+def _mistake(method: Method, first: Any) -> RecipeError:
+    """What pydantic says of an option."""
+    option = ".".join(map(str, first["loc"])) or "its options"
+    cause = first.get("ctx", {}).get("error")
+    return RecipeError(
+        f"method {method.name}: {option}: {cause or first['msg'].removeprefix('Input ')}",
+        at=first["loc"],
+        given=first.get("input"),
+        found=repr(first.get("input")),
+    )
 
 
 # What people call the options of PEFT's names.
