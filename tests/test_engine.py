@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
@@ -497,10 +499,33 @@ def test_where_it_cannot_be_on_the_run_says_so(tmp_path: Path) -> None:
 def test_a_model_that_gives_other_logits_is_left_alone() -> None:
     """One whose layers look at the neighbours: packed, the neighbour may be another row's."""
     model = shaken(tiny.classifier("bert"))
-    model.bert.encoder.layer[1].output.register_forward_hook(lambda module, args, out: out + out.roll(1, dims=1))
+    output = model.bert.encoder.layer[1].output
+    output.forward = _looks_beside(output.forward)
     found = engine.start(model, proof.rows_of_batch(padded()))
     assert not found.on
     assert "its logits would be others" in found.reason
+
+
+def _looks_beside(own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def forward(*args: torch.Tensor) -> torch.Tensor:
+        return (out := own(*args)) + out.roll(1, dims=1)
+
+    return forward
+
+
+def test_a_model_with_a_hook_of_the_users_in_a_layer_runs_as_the_hook_expects() -> None:
+    model, seen = tiny.classifier("bert"), list[Any]()
+    found = engine.start(model, proof.rows_of_batch(padded()))
+    assert found.on
+    model.bert.encoder.layer[1].output.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    found = engine.start(model, proof.rows_of_batch(padded()))
+    assert not found.on
+    assert "a hook would see rows without padding" in found.reason
+    assert "on BertOutput" in found.reason
+    seen.clear()
+    with found.open():
+        model(**padded())
+    assert seen == [(*padded()["input_ids"].shape, 32)]
 
 
 @pytest.mark.parametrize("half", ["autocast", "bf16"])
@@ -655,34 +680,53 @@ def on_model(**options: Any) -> tuple[nn.Module, list[str]]:
 @pytest.mark.parametrize(
     ("options", "fast"), [({}, 18), ({"use_rslora": True}, 18), ({"use_dora": True}, 0), ({"lora_dropout": 0.3}, 18)]
 )
-def test_fast_lora_gives_what_peft_gives(options: dict[str, Any], fast: int) -> None:
+def test_fast_lora_gives_what_peft_gives(options: dict[str, Any], fast: int, fast_products: list[Any]) -> None:
     model, names = on_model(**options)
     expected, gradients = answer(model, padded())
     with engine.Engine(None, modules=tuple(model.modules())).open():
-        taken = [module for module in model.modules() if "forward" in vars(module) and hasattr(module, "lora_A")]
-        assert len(taken) == fast
         found, ours = answer(model, padded())
+    assert len(fast_products) == fast
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for name in names:
         torch.testing.assert_close(ours[name], gradients[name], rtol=1e-4, atol=1e-6)
     assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
-def test_what_can_be_sped_up_is_found_once_and_its_state_looked_at_every_time() -> None:
+def test_what_can_be_sped_up_is_found_once_and_its_state_looked_at_every_time(fast_products: list[Any]) -> None:
+    """Also within a step: a base without its adapters is what losses such as a KL to it are about."""
     model, _ = on_model()
-    found = engine.start(model.float(), proof.rows_of_batch(padded()))
-    assert list(found.modules) == [module for module in model.modules() if hasattr(module, "lora_A")]
-    layer = model.bert.encoder.layer[0].attention.self.query
-
-    def taken() -> bool:
+    model.float()
+    found = engine.start(model, proof.rows_of_batch(padded()))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert list(found.modules) == layers
+    with torch.no_grad():
+        adapted = model(**padded()).logits
+        for layer in layers:
+            layer.enable_adapters(False)
+        base = model(**padded()).logits
+        assert not torch.allclose(base, adapted, atol=1e-3)
         with found.open():
-            return "forward" in vars(layer)
+            for enabled, expected in ((True, adapted), (False, base), (True, adapted)):
+                for layer in layers:
+                    layer.enable_adapters(enabled)
+                fast_products.clear()
+                torch.testing.assert_close(model(**padded()).logits, expected, rtol=1e-5, atol=1e-5)
+                assert len(fast_products) == enabled * len(layers)
 
-    assert taken()
-    layer.enable_adapters(False)
-    assert not taken()
-    layer.enable_adapters(True)
-    assert taken()
+
+@pytest.fixture
+def fast_products(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gets an entry for every product that LoRA's faster way computes."""
+    found: list[Any] = []
+    own = lora._Product.apply
+
+    def counted(*args: Any) -> torch.Tensor:
+        found.append(args)
+        result: torch.Tensor = own(*args)
+        return result
+
+    monkeypatch.setattr(lora._Product, "apply", counted)
+    return found
 
 
 def test_a_dropout_that_is_anothers_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTok
 from . import engine as engines
 from .engine import Engine, proof
 from .engine.casts import Casts
+from .engine.patch import alone
 from .guard import is_out_of_memory
 from .tasks import Task
 
@@ -90,6 +91,7 @@ def run(
     engine: Engine | None = None
     casts = Casts(model, still=True)  # a model that writes would cast all its weights for every token
     with (
+        alone(model),
         torch.inference_mode(),
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         casts.open() if bf16 else nullcontext(),

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from . import engine, guard, heap, tasks
+from . import loss as losses
 from . import stage as stages
 from .engine import Caches, Engine, decoder, proof, vocabulary
 from .engine.batches import is_rows
@@ -67,23 +68,42 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self._added: list[Any] = []  # those of them whose gradients are there
         self._update_loss = torch.tensor(0.0)
         self._logits_wanted = False
-        writes = getattr(getattr(self.compute_loss_func, "__self__", None), "writes", False)
-        self._whole_loss = self.compute_loss_func if writes else None  # where it cannot be computed in chunks
-        if writes:
-            self.compute_loss_func = self._loss_in_chunks() or self._whole_loss
-        elif self.compute_loss_func is None and self.label_smoother is None:
-            self.compute_loss_func = _exact_loss(self.model) or self._loss_in_chunks()
-        self._loss_asked = self.compute_loss_func
+        self._given_loss = self._taken_loss = self.compute_loss_func  # the user's, and what is computed in its place
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         """Nothing has been tried on the model as it is now, with the weights that are trained now."""
         self.engine: Engine | None = None
         self.vocabulary: Vocabulary | None = None
-        self._tried_on_data = False
-        self.compute_loss_func = self._loss_asked
+        self._tried_on_data = self._tried_loss = False
+        if self.compute_loss_func != self._taken_loss:  # assigned since
+            self._given_loss = self.compute_loss_func
+        self._take(self._better_loss() or self._given_loss)
         # Of frozen weights. DataParallel's replicas have weights of their own, and compiled code its own casts.
         self._casts = Casts(self.model) if self.accelerator.native_amp and not self._sharded else None
+
+    def _take(self, loss: Any) -> None:
+        self.compute_loss_func = self._taken_loss = loss
+
+    def _better_loss(self) -> Any:
+        """The exact loss of the global batch, or the same without all logits, in place of Trainer's or a task's."""
+        if self._computes_its_own:
+            return None
+        if self._whole_loss is not None:
+            return self._loss_in_chunks()
+        if self._given_loss is not None or self.label_smoother is not None:
+            return None
+        return _exact_loss(self.model) or self._loss_in_chunks()
+
+    @property
+    def _whole_loss(self) -> Any:
+        """The loss of a task that writes, which is used where it cannot be computed in chunks."""
+        return self._given_loss if getattr(getattr(self._given_loss, "__self__", None), "writes", False) else None
+
+    @property
+    def _computes_its_own(self) -> bool:
+        """Whether `compute_loss` is a user's: what that gives of two parts of a batch may not be of the whole."""
+        return getattr(self.compute_loss, "__func__", None) is not UpdateTrainer.compute_loss
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trainer's; on a CPU with memory that is not given back between steps."""
@@ -131,6 +151,14 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         if rows == 0:  # the others wait for this process's gradient
             own = self._filler = {key: value[:1] for key, value in batches[-1].items()}
         return [*batches[:-1], own], items
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
+        """Trainer's, as the task counts."""
+        if self._task is not None and batch_samples and "labels" in batch_samples[0]:
+            counted = self._task.counted
+            batch_samples = [{**batch, "labels": counted(batch["labels"])} for batch in batch_samples]
+        items: torch.Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
+        return items
 
     def _own_rows(self) -> int | None:
         """How many rows of the epoch's last batch are this process's own; None for other batches."""
@@ -320,10 +348,27 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     def _try_on(self, rows: Any) -> None:
         """Tries what has not been tried yet. The loss comes first: whether a batch may be cut depends on it."""
+        self._try_loss(rows)
         if self.vocabulary is None and rows.get("labels") is not None:
             self._try_vocabulary(rows)
         if self.engine is None:
             self._try_engine(rows)
+
+    def _try_loss(self, inputs: Any) -> None:
+        """Goes back to Trainer's loss, and says so, where a model of a task's kind computes another than the task."""
+        task = None if self._given_loss is not None or self._sharded in ("FSDP", "DeepSpeed") else self._task
+        if self._tried_loss or task is None or not set(losses.LABELS) & set(inputs):
+            return
+        self._tried_loss = True
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            reason = losses.differs(self.model, task, self._prepare_inputs(dict(inputs)))
+        if reason:
+            self._take(None)
+            warnings.warn(
+                f"engine: the model's own loss is used, as Trainer does, not that of {task.name} over the whole batch: "
+                f"{reason}",
+                stacklevel=2,
+            )
 
     def _try_vocabulary(self, inputs: Any) -> None:
         """Goes back to Trainer's loss (or the task's), and says so, where a few rows show that a model's is another."""
@@ -333,7 +378,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
         if not self.vocabulary.on:
-            self.compute_loss_func = self._whole_loss
+            self._take(self._whole_loss)
             warnings.warn(f"engine: logits of all tokens at once: {self.vocabulary.reason}", stacklevel=2)
 
     def _try_engine(self, inputs: Any) -> None:
@@ -367,7 +412,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
     @property
     def _exact(self) -> bool:
         """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
-        return self.compute_loss_func == self._token_loss or self._task is not None
+        ours = self.compute_loss_func == self._token_loss or self._task is not None
+        return ours and not self._computes_its_own
 
     def _loss_in_chunks(self) -> Any:
         """The loss of language models, until a batch shows that a model's own differs; None where it cannot be."""

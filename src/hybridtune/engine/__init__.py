@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..errors import first_line
+from ..errors import PartError, first_line
 from ..layers import find_stacks
 from . import decoder, dropout, lora, proof, vocabulary
 from .casts import Casts, autocast_type, compute_type
@@ -20,15 +21,14 @@ from .embedding import Tables
 from .frozen import Caches as Caches
 from .frozen import Frozen, Weights
 from .frozen import depth as lowest_trained
-from .patch import in_evaluation
+from .patch import alone, in_evaluation
 from .seam import Seam
 
 # Of logits and hidden states. In half precision roundings add up over the layers as a random walk, to a few of them; a
 # wrong mask changes a good part of what a trained body gives.
 WHOLE, ROUNDINGS = 1e-4, 10
-# What a model's own code raises when its layers are given other shapes.
-WRONG = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 Ask = Callable[[], torch.Tensor]
+OURS = ("hybridtune", "transformers", "peft", "accelerate", "torch")
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -96,15 +96,21 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
     """
     modules = tuple(module for module in model.modules() if lora.knows(module))
     on_cpu = next(model.parameters()).device.type == "cpu"
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    engine = Engine(None, "", modules, on_cpu, Tables(model) if on_cpu and alone else None)
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    engine = Engine(None, "", modules, on_cpu, Tables(model) if on_cpu and not several else None)
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:
         return replace(engine, reason=f"it leaves out layers at random ({skips[0]})")
-    seam = Seam(model, find_stacks(dict(model.named_modules())))
+    try:
+        seam = Seam(model, find_stacks(dict(model.named_modules())))
+    except PartError as error:
+        return replace(engine, reason=error.problem)
+    hook = _foreign_hook(seam)
+    if hook:
+        return replace(engine, reason=f"a hook would see rows without padding: {hook}")
     engine = replace(engine, seam=seam)
-    with in_evaluation(model):
+    with alone(model), in_evaluation(model):
         with torch.no_grad():
             ask = _question(model, seam, batch)
             padded = ask()
@@ -126,26 +132,33 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
     return replace(engine, reason=f"hidden states of frozen layers are not kept: {problem}")
 
 
+def _foreign_hook(seam: Seam) -> str:
+    """A hook on a layer, or in one, that comes neither from us nor from what we are built on."""
+    for layer in (layer for stack in seam.stacks for layer in stack.layers):
+        for module in layer.modules():
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                function = getattr(hook, "func", hook)  # of a partial
+                if (getattr(function, "__module__", None) or "").partition(".")[0] not in OURS:
+                    return f"{getattr(function, '__qualname__', function)} on {type(module).__name__}"
+    return ""
+
+
 def _frozen(model: nn.Module, ask: Ask, seam: Seam, caches: Caches) -> Frozen | None:
     """The layers below all that is trained, where there are any, and what is kept of them."""
     depth, modules, later = _lowest_trained(seam, ask)
     if not depth:
         return None
     above = {id(one) for module in later for one in (*module._parameters.values(), *module._buffers.values())}
-    weights = Weights(
-        {
-            name: one
-            for name, one in itertools.chain(model.named_parameters(), model.named_buffers())
-            if id(one) not in above and not one.requires_grad
-        }
-    )
+    names = [
+        name
+        for name, one in itertools.chain(model.named_parameters(), model.named_buffers())
+        if id(one) not in above and not one.requires_grad
+    ]
+    below = [(name, module) for name, module in model.named_modules() if module not in later]
+    weights = Weights(model, names, [module for _, module in below if isinstance(module, BaseTunerLayer)])
     told = [
         weights.fingerprint,
-        *(
-            f"{name} {module.scaling}"
-            for name, module in model.named_modules()
-            if hasattr(module, "scaling") and module not in later
-        ),
+        *(f"{name} {module.scaling}" for name, module in below if hasattr(module, "scaling")),
         f"{depth} {autocast_type(next(model.parameters()).device)}",
     ]
     return Frozen(depth, modules, caches.of("\n".join(told)), weights=weights)
@@ -165,7 +178,7 @@ def _check(engine: Engine, ask: Ask, padded: torch.Tensor) -> str:
             packed = ask()
             if not engine.seam.reached:
                 return "its attention does not go through transformers' interfaces"
-    except WRONG as error:
+    except proof.WRONG as error:
         return f"its layers cannot run packed ({first_line(error, 120)})"
     difference = proof.difference(packed, padded)
     dtype = compute_type(padded)  # accelerate gives logits back in fp32
@@ -177,7 +190,7 @@ def _question(model: nn.Module, seam: Seam, batch: dict[str, Any]) -> Ask:
     """What is compared: what goes into a language model's head, whose logits may be larger than memory; else logits."""
     head = decoder.head_of(model)
     if head is not None:
-        with suppress(*WRONG, LookupError):
+        with suppress(*proof.WRONG):
             _into_head(model, seam, head, batch)
             return lambda: _into_head(model, seam, head, batch)
     return lambda: _logits(model, batch)

@@ -116,6 +116,8 @@ def attention(
         attention_mask: carries a `Mask`; another one is handed on.
     """
     inner, mask = interface.inner(module, MARK), of(attention_mask)
+    if mask is not None and query.shape[::2] != (1, len(mask.queries.index)):  # of another model with the same config
+        attention_mask, mask = mask.whole(), None
     if mask is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     bias = kwargs.pop("position_bias", None)

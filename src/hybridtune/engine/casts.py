@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,6 +23,11 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
 def compute_type(tensor: torch.Tensor) -> torch.dtype:
     """What a tensor is computed with in here: autocast's type, or its own."""
     return autocast_type(tensor.device) or tensor.dtype
+
+
+def written(tensor: torch.Tensor) -> tuple[int, int]:
+    """Another pair after every write, but for those through `.data`, which nothing tells."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class Casts:
@@ -49,7 +55,9 @@ class Casts:
             for module in model.modules()
             if type(module).forward is nn.Linear.forward and "weight" in module._parameters  # no parametrization
         ]
-        self._copies: dict[nn.Module, tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = {}
+        # PEFT merges through `.data`
+        self._adapted = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+        self._copies: dict[nn.Module, tuple[Any, torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -68,8 +76,8 @@ class Casts:
 
     def weight(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
         """A layer's weight, without a gradient, in the type that autocast computes in."""
-        weight = linear.weight
-        state = weight.data_ptr(), weight._version
+        weight, adapted = linear.weight, self._adapted.get(linear)
+        state = written(weight), tuple(adapted.merged_adapters) if adapted else ()
         known = self._copies.get(linear)
         if known is None or known[0] != state or known[-1].dtype != dtype:
             original = weight.detach()  # kept, so that no other tensor gets its place in memory

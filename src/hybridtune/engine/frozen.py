@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..model import digest_of
 from .batches import is_row
+from .casts import written
 from .store import Limits, Store, of_process
 
 TRIED = (64, 256, 512)  # tokens that frozen layers are given at once, at least
@@ -43,42 +45,58 @@ class Caches:
 
 
 class Weights:
-    """Tensors that are to stay as they are, watched.
+    """Tensors of a model that are to stay as they are, watched.
 
     Args:
-        tensors: by their names.
+        model: that has them.
+        names: theirs.
+        layers: those of PEFT that compute with them.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = tensors
-        self._written = {name: _written(tensor) for name, tensor in tensors.items()}
-        self._digests = {name: digest_of([(name, tensor)]) for name, tensor in tensors.items()}
+    def __init__(self, model: nn.Module, names: Sequence[str] = (), layers: Sequence[BaseTunerLayer] = ()) -> None:
+        self._places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
+        self._tensors: dict[str, torch.Tensor] = {name: getattr(*place) for name, place in self._places.items()}
+        self._written = {name: written(tensor) for name, tensor in self._tensors.items()}
+        self._digests = {name: digest_of([(name, tensor)]) for name, tensor in self._tensors.items()}
+        self._layers = layers
+        self._states = self._of_layers()
 
     @property
     def fingerprint(self) -> str:
-        """Equal only for equal tensors of equal types."""
-        return "\n".join(f"{self._tensors[name].dtype} {digest}" for name, digest in self._digests.items())
+        """Equal only for equal tensors of equal types, and layers that do the same with them."""
+        told = [f"{self._tensors[name].dtype} {digest}" for name, digest in self._digests.items()]
+        return "\n".join([*told, *map(str, self._states)])
 
     @property
     def hold(self) -> bool:
         """Whether they are what they were, and none is trained.
 
-        What was written since is compared: a checkpoint that is loaded writes the same numbers once more.
+        What was written since is compared: a checkpoint that is loaded writes the same numbers once more. Writes
+        through `.data` are not seen, but for those of PEFT's own merges.
         """
+        if self._of_layers() != self._states:
+            return False
         for name, tensor in self._tensors.items():
-            if tensor.requires_grad:
+            if tensor.requires_grad or getattr(*self._places[name], None) is not tensor:
                 return False
-            written = _written(tensor)
-            if written != self._written[name]:
+            now = written(tensor)
+            if now != self._written[name]:
                 if digest_of([(name, tensor)]) != self._digests[name]:
                     return False
-                self._written[name] = written
+                self._written[name] = now
         return True
 
-
-def _written(tensor: torch.Tensor) -> tuple[int, int]:
-    """Another pair after every write."""
-    return tensor.data_ptr(), tensor._version
+    def _of_layers(self) -> list[tuple[Any, ...]]:
+        """What they do with the adapters on them."""
+        return [
+            (
+                one.disable_adapters,
+                list(one.active_adapters),
+                list(one.merged_adapters),
+                dict(getattr(one, "scaling", {})),
+            )
+            for one in self._layers
+        ]
 
 
 @dataclass
@@ -99,7 +117,7 @@ class Frozen:
     modules: tuple[nn.Module, ...]
     store: Store
     least: int | None = TRIED[-1]  # until it is known
-    weights: Weights = field(default_factory=lambda: Weights({}))
+    weights: Weights = field(default_factory=lambda: Weights(nn.Module()))
 
     def calm(self) -> None:
         """Dropout off: its results are kept."""
@@ -151,6 +169,8 @@ def depth(layers: Sequence[nn.Module], forward: Any) -> tuple[int, tuple[nn.Modu
             nn.modules.module.register_module_forward_pre_hook(lambda module, args: called.append(module)).remove
         )
         forward()
+    if len(reached) != len(layers) + 1:  # one that runs several times
+        return 0, (), set()
     count = (reached.index(True) if True in reached else len(reached)) - 1
     if count <= 0:
         return 0, (), set()

@@ -69,12 +69,12 @@ def speed_up(modules: Iterable[nn.Module], undo: ExitStack, casts: Casts | None 
         casts: copies of frozen weights in the type that autocast computes in.
     """
     for module in modules:
-        if knows(module) and _plain(module):
+        if knows(module) and "forward" not in vars(module):
             patch(module, "forward", partial(_forward, module, module.forward, casts), undo)
 
 
 def knows(module: nn.Module) -> TypeGuard[Linear]:
-    """Whether a module may be such a layer; `_plain` says whether it is one now."""
+    """Whether a module may be such a layer; `_plain` says in every forward whether it is one now."""
     return type(module) is Linear
 
 
@@ -83,7 +83,7 @@ def _plain(layer: Linear) -> bool:
     base, names = layer.base_layer, layer.active_adapters
     if type(base) is not nn.Linear or layer.merged or layer.disable_adapters or layer.fan_in_fan_out:
         return False
-    if len(names) != 1 or names[0] not in layer.lora_A or layer.lora_variant or "forward" in vars(layer):
+    if len(names) != 1 or names[0] not in layer.lora_A or layer.lora_variant:
         return False
     thin = (layer.lora_A[names[0]], layer.lora_B[names[0]])
     hooked = any(one._forward_hooks or one._forward_pre_hooks for one in (base, *thin))
@@ -92,14 +92,15 @@ def _plain(layer: Linear) -> bool:
 
 
 def _forward(layer: Linear, own: Any, casts: Casts | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    name = layer.active_adapters[0]
-    down, up, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
-    if (
-        args or kwargs or (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p)
-    ):  # A sees another x than W
+    if args or kwargs or not _plain(layer):
         result: torch.Tensor = own(x, *args, **kwargs)
         return result
-    base, dtype = layer.base_layer, autocast_type(x.device)
+    name, base, dtype = layer.active_adapters[0], layer.base_layer, autocast_type(x.device)
+    down, up, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
+    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p  # A sees another x than W
+    if drops or (dtype is None and not x.dtype == base.weight.dtype == down.dtype == up.dtype):
+        other: torch.Tensor = own(x)
+        return other
     tensors = [x, base.weight, base.bias, down, up]
     if dtype is not None:
         tensors[1] = casts.weight(base, dtype) if casts else base.weight

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def patch(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
@@ -17,6 +21,11 @@ def patch(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
     else:
         undo.callback(vars(module).pop, name, None)  # Ctrl-C may come before it is there
     setattr(module, name, value)
+
+
+def alone(model: nn.Module) -> threading.RLock:
+    """To be entered while a model is changed: other threads wait."""
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager

@@ -34,21 +34,17 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         p: float,
     ) -> torch.Tensor:
-        scores = _product(query, key.transpose(1, 2), scaling)
-        by_rows = torch.unflatten(scores, 0, (-1, rows))
-        if bias is not None:
-            by_rows.add_(bias)
-        if mask is not None:
-            by_rows.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else by_rows.add_(mask)
-        weights = scores.softmax(-1)
+        weights = _weights(query, key, bias, mask, rows, scaling)
         kept, ctx.scale = dropout.drawn(weights.shape, p, weights.dtype) if p else (None, 1.0)
-        ctx.rows, ctx.scaling, ctx.bias = rows, scaling, None if bias is None else bias.dtype
-        ctx.save_for_backward(query, key, value, weights, kept)
+        ctx.rows, ctx.scaling = rows, scaling
+        ctx.save_for_backward(query, key, value, bias, mask, weights, kept)
         return _product(weights if kept is None else weights * kept, value, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, weights, kept = ctx.saved_tensors
+        query, key, value, bias, mask, weights, kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of this is asked for, and the weights that are kept have none
+            weights = _weights(query, key, bias, mask, ctx.rows, ctx.scaling)
         thinned = weights if kept is None else weights * kept
         for_value = _product(thinned.transpose(1, 2), gradient, ctx.scale)
         for_weights = _product(gradient, value.transpose(1, 2), ctx.scale)
@@ -57,7 +53,7 @@ class _Attention(torch.autograd.Function):
         for_scores = torch._softmax_backward_data(for_weights, weights, -1, weights.dtype)
         for_bias = None
         if ctx.needs_input_grad[3]:  # one for all rows of a group
-            for_bias = torch.unflatten(for_scores, 0, (-1, ctx.rows)).sum(1, keepdim=True, dtype=ctx.bias)
+            for_bias = torch.unflatten(for_scores, 0, (-1, ctx.rows)).sum(1, keepdim=True, dtype=bias.dtype)
         return (
             _product(for_scores, key, ctx.scaling),
             _product(for_scores.transpose(1, 2), query, ctx.scaling),
@@ -65,6 +61,24 @@ class _Attention(torch.autograd.Function):
             for_bias,
             *[None] * 4,
         )
+
+
+def _weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    rows: int,
+    scaling: float,
+) -> torch.Tensor:
+    """The softmax above."""
+    scores = _product(query, key.transpose(1, 2), scaling)
+    by_rows = torch.unflatten(scores, 0, (-1, rows))
+    if bias is not None:
+        by_rows.add_(bias)
+    if mask is not None:
+        by_rows.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else by_rows.add_(mask)
+    return scores.softmax(-1)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:

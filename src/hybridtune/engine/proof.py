@@ -22,6 +22,10 @@ LOOKED_AT = 64  # rows of the training data, evenly spaced
 Batch = dict[str, Any]
 
 
+# What a model's own code raises when it is given something else than it was written for.
+WRONG = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+
+
 def rows_of_batch(batch: Batch) -> Batch | None:
     """A few rows of a batch, the shortest and the longest among them; None where all have one length or are no rows."""
     mask = batch.get("attention_mask")
@@ -31,6 +35,24 @@ def rows_of_batch(batch: Batch) -> Batch | None:
     count = min(ROWS, len(ranked), max(2, TOKENS // mask.shape[1]))
     chosen = ranked[torch.linspace(0, len(ranked) - 1, count).long().to(ranked.device)]
     return {key: value[chosen] for key, value in batch.items()}
+
+
+def repeated(batch: Batch, count: int) -> Batch | None:
+    """The shortest row of a batch so many times, without padding; None where it has no rows of tokens."""
+    mask = batch.get("attention_mask", batch.get("input_ids"))
+    if not torch.is_tensor(mask) or mask.dim() != 2 or not is_rows(batch):
+        return None
+    seen = mask.bool() if "attention_mask" in batch else torch.ones_like(mask, dtype=torch.bool)
+    counts = seen.sum(1)
+    row = int(counts.masked_fill(counts == 0, mask.shape[1] + 1).argmin())
+    places = seen[row].nonzero().squeeze(1)
+
+    def cut(name: str, value: torch.Tensor) -> torch.Tensor:
+        each = value.dim() > 1 and value.shape[1] == mask.shape[1] and not value[row].is_floating_point()
+        one = value[row : row + 1]
+        return (one.index_select(1, places) if each or name == "inputs_embeds" else one).repeat_interleave(count, 0)
+
+    return {name: cut(name, value) for name, value in batch.items()}
 
 
 def window(batch: Batch, columns: int) -> Batch:
@@ -56,7 +78,7 @@ def rows_of_dataset(dataset: Any, collate: Callable[[list[Any]], Any]) -> Batch 
         return None
     last = len(dataset) - 1
     numbers = dict.fromkeys(at * last // (LOOKED_AT - 1) for at in range(LOOKED_AT))
-    with _untouched_randomness(), suppress(RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+    with _untouched_randomness(), suppress(*WRONG):
         rows = [dataset[number] for number in numbers]
         batch = dict(collate(rows))
         shorter = _shortened(rows[0])

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .. import interface
 from ..layers import Stack
@@ -27,7 +28,7 @@ from .casts import autocast_type
 from .decoder import MASK, hides, mask_of
 from .frozen import TRIED, Frozen, keys_of
 from .layout import Layout
-from .patch import in_evaluation, patch
+from .patch import alone, in_evaluation, patch
 
 
 class Seam:
@@ -45,14 +46,31 @@ class Seam:
         self._labels: torch.Tensor | None = None  # see `scoring`
         self.stacks = [_Stack([model.get_submodule(name) for name in stack.layers]) for stack in stacks]
         self._configs = interface.configs(model.modules())
+        paths = [stack.layers[0].rpartition(".")[0] for stack in stacks]
+        self._bodies = [
+            module
+            for name, module in model.named_modules()
+            if name and isinstance(module, PreTrainedModel) and any(f"{path}.".startswith(f"{name}.") for path in paths)
+        ]
+        self._inside = 0  # forwards of the model: one of frozen layers runs within another
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Switches the model over: for forwards and, where layers are computed again in them, their backwards."""
-        names = [config._attn_implementation for config in self._configs]
-        caches = [getattr(config, "use_cache", None) for config in self._configs]
-        with ExitStack() as undo:
+        """Switches the model over: for forwards and, where layers are computed again in them, their backwards.
+
+        Where it is switched over already, as in a step that evaluates the model, it stays as it is.
+        """
+        with alone(self.model), ExitStack() as undo:
+            names = [config._attn_implementation for config in self._configs]
+            if any(str(name).startswith(MARK) for name in names):
+                yield
+                return
+            caches = [getattr(config, "use_cache", None) for config in self._configs]
+            self._inside = 0
             undo.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            undo.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
+            for body in self._bodies:
+                undo.callback(body.register_forward_pre_hook(self._begin_body, with_kwargs=True).remove)
             if hasattr(self.model, "generate"):
                 patch(self.model, "generate", partial(self._generate, self.model.generate), undo)
             for number, stack in enumerate(self.stacks):
@@ -75,7 +93,7 @@ class Seam:
     def _generate(self, own: Any, *args: Any, **kwargs: Any) -> Any:
         """Generates padded: a cache has a place for every row, and an encoder is called past `_begin`."""
         self._writes = True
-        self._begin(self.model, (), {})
+        self._be(padded=True)
         try:
             return own(*args, **kwargs)
         finally:
@@ -86,14 +104,11 @@ class Seam:
 
         Padded, too, where a mask leaves out a place that has a label.
         """
+        self._inside += 1
         known = self._labels is not None and not self.stacks[0].stops
         batch = {**kwargs, "labels": self._labels} if known else kwargs
-        looks = [f"output_{what}" for what in ("hidden_states", "attentions")]
-        config = getattr(model, "config", None)
-        looked_into = any(getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks)
-        padded = self._writes or looked_into or hides(model, batch)
-        for stack in self.stacks:
-            stack.layout, stack.off, stack.known = None, padded, None
+        padded = self._writes or _looked_into(model, kwargs) or hides(model, batch)
+        self._be(padded)
         if self.frozen and not self.frozen.weights.hold:
             warnings.warn(
                 "engine: frozen layers were changed: what was kept of them is not used any more", stacklevel=2
@@ -104,6 +119,18 @@ class Seam:
             self.stacks[0].known = self._known(self.frozen, kwargs)
         mask = None if args or padded else mask_of(model, batch)
         return None if mask is None else (args, {**kwargs, MASK: mask})
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._inside -= 1
+
+    def _begin_body(self, body: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A part of the model that is called by itself: nothing is known of its rows."""
+        if self._inside <= 0 and not self._writes:
+            self._be(padded=_looked_into(body, kwargs))
+
+    def _be(self, padded: bool) -> None:
+        for stack in self.stacks:
+            stack.layout, stack.off, stack.known = None, padded, None
 
     def _known(self, frozen: Frozen, batch: dict[str, Any]) -> list[torch.Tensor]:
         """For every row of a batch what the frozen layers give it; what is not kept yet is computed and kept."""
@@ -288,6 +315,14 @@ class _Stopped(Exception):
     def __init__(self, hidden: torch.Tensor, layout: Layout) -> None:
         super().__init__()
         self.hidden, self.layout = hidden, layout
+
+
+def _looked_into(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward gives what its layers have seen, or keeps keys and values for the next one."""
+    config = getattr(model, "config", None)
+    looks = ("output_hidden_states", "output_attentions")
+    asked = any(getattr(config, look, False) if kwargs.get(look) is None else kwargs[look] for look in looks)
+    return asked or bool(kwargs.get("use_cache"))
 
 
 def _from_encoder(name: str) -> bool:

@@ -191,8 +191,7 @@ def start(model: nn.Module, head: nn.Module, batch: dict[str, Any]) -> Vocabular
     try:
         with in_evaluation(model):
             found.reason = found.prove(_labelled(proof.window(batch, WINDOW)))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-        # what a model's own code raises when there are no logits
+    except proof.WRONG as error:
         found.reason = f"it cannot run without logits ({first_line(error, 120)})"
     return found
 

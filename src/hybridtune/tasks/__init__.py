@@ -194,6 +194,10 @@ class Task(ABC):
         """A batch as `loss` wants it, where transformers' models call the labels otherwise."""
         return batch
 
+    def counted(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels as their number is counted: -100 is none."""
+        return labels
+
     @abstractmethod
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None

@@ -127,6 +127,10 @@ class Task(TextTask):
         """The number."""
         return round(float(target), 4)
 
+    def counted(self, labels: torch.Tensor) -> torch.Tensor:
+        """Every number, -100 too."""
+        return labels.new_zeros(labels.shape)
+
     def loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
