@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,10 @@ class TestSaved:
         return trainer
 
     def test_logits(self, trained: HybridTrainer, tmp_path: Path) -> None:
-        again = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "final"))
+        again, info = AutoModelForSequenceClassification.from_pretrained(
+            pretrained_model_name_or_path=str(tmp_path / "final"), output_loading_info=True
+        )
+        assert not any(info.values())
         assert again.config.num_labels == 3
         assert torch.equal(logits_of(again), logits_of(trained.model))
         assert (tmp_path / "final" / "delta.safetensors").stat().st_size < 60_000
@@ -422,6 +426,11 @@ class TestNames:
         model, info = AutoModelForSequenceClassification.from_pretrained(body, output_loading_info=True)
         assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
         assert model._hybridtune_new == ("classifier.bias", "classifier.weight")
+
+    def test_a_model_can_be_pickled(self, body: Path) -> None:
+        model = AutoModelForSequenceClassification.from_pretrained(pretrained_model_name_or_path=body)
+        again = pickle.loads(pickle.dumps(model))
+        assert torch.equal(logits_of(again), logits_of(model))
 
     def test_errors_are_transformers_own(self) -> None:
         """A script's `except OSError` goes on to work."""

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers as hf
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, TrainingArguments
 
+from hybridtune import answer as answer_of
 from hybridtune import engine, methods
 from hybridtune.anatomy import Anatomy
 from hybridtune.compose import Assembly
@@ -1007,3 +1012,163 @@ def test_heads_that_answer_for_every_token(name: str, head: str) -> None:
     expected = answers()
     with started.open():
         torch.testing.assert_close(answers(), expected, rtol=1e-6, atol=1e-6)
+
+
+# --- used in other ways than by a plain forward
+
+
+@pytest.fixture
+def started() -> Iterator[tuple[nn.Module, engine.Engine]]:
+    model = shaken(tiny.classifier("bert"))
+    found = engine.start(model, proof.rows_of_batch(padded()))
+    assert found.on
+    yield model, found
+    assert model.config._attn_implementation == "sdpa"
+    hooks = [
+        hook
+        for one in model.modules()
+        for table in (one._forward_pre_hooks, one._forward_hooks)
+        for hook in table.values()
+    ]
+    assert not [hook for hook in hooks if hook.__module__.startswith("hybridtune")]
+    assert not any("forward" in vars(one) for one in model.modules())
+
+
+def test_a_body_that_is_called_by_itself(started: tuple[nn.Module, engine.Engine]) -> None:
+    """With what its layers see asked for or not, on other rows than the model before it."""
+    model, found = started
+    other = padded(lengths=(3, 7), seed=4)
+    with torch.no_grad():
+        expected = model.bert(**other, output_hidden_states=True)
+        with found.open():
+            model(**padded())
+            plain = model.bert(**other)
+            looked_into = model.bert(**other, output_hidden_states=True)
+    places = other["attention_mask"].bool()
+    torch.testing.assert_close(plain[0][places], expected[0][places], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(looked_into.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_body_that_is_called_by_itself_gets_nothing_that_is_kept_of_other_rows() -> None:
+    model = shaken(tiny.classifier("bert"))
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    found = engine.start(model, proof.rows_of_batch(padded()), Caches())
+    assert found.seam is not None
+    assert found.seam.frozen is not None
+    one, other = padded(lengths=(3, 7), seed=4), padded(lengths=(3, 7), seed=5)
+    with torch.no_grad():
+        expected = model.bert(**other)[0]
+        with found.open():
+            model(**one)
+            ours = model.bert(**other)[0]
+    places = other["attention_mask"].bool()
+    torch.testing.assert_close(ours[places], expected[places], rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_are_asked_for_have_a_place_for_each_row() -> None:
+    model, rows = tiny.language_model("llama"), padded()
+    found = engine.start(model, proof.rows_of_batch(rows))
+    assert found.on
+    with torch.no_grad():
+        expected = model(**rows, use_cache=True).past_key_values.layers[0].keys
+        with found.open():
+            torch.testing.assert_close(model(**rows, use_cache=True).past_key_values.layers[0].keys, expected)
+
+
+def test_one_that_is_open_may_be_opened_again(started: tuple[nn.Module, engine.Engine]) -> None:
+    """As where a step evaluates the model that it trains."""
+    model, found = started
+    another = engine.start(model, proof.rows_of_batch(padded()))
+    with torch.no_grad():
+        expected = model(**padded()).logits
+        with found.open():
+            for within in (found, another):
+                with within.open():
+                    torch.testing.assert_close(model(**padded()).logits, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model(**padded()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_wait_for_each_other(started: tuple[nn.Module, engine.Engine]) -> None:
+    """As those of a server that predicts."""
+    model, _ = started
+    tokenizer, wrong = tiny.tokenizer(), list[str]()
+    items = [Dataset.from_list(tiny.rows(20, seed=seed)).select_columns(["input_ids"]) for seed in range(4)]
+
+    def logits(number: int) -> list[Any]:
+        return answer_of.run(model, items[number], tokenizer, 8, lambda batch: model(**batch).logits)
+
+    expected = [logits(number) for number in range(4)]
+
+    def ask(number: int) -> None:
+        try:
+            for ours, theirs in zip(logits(number), expected[number], strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+        except BaseException as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=ask, args=(number % 4,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_another_model_with_the_same_configuration(started: tuple[nn.Module, engine.Engine]) -> None:
+    """As a teacher that was made of the student's: it runs as it is."""
+    model, found = started
+    teacher = shaken(type(model)(model.config))
+    with torch.no_grad():
+        expected = teacher(**padded()).logits
+        with found.open():
+            model(**padded())
+            torch.testing.assert_close(teacher(**padded()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_layers_that_we_know_runs_as_it_is() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.EmbeddingBag(100, 2)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.table(input_ids)}
+
+    found = engine.start(Sums(), proof.rows_of_batch(padded()))
+    assert not found.on
+    assert "Sums: no stack of layers was found" in str(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_of_peft_on_a_base_in_half_precision(dtype: torch.dtype, fast_products: list[Any]) -> None:
+    """PEFT has its own matrices in 32 bits there, and casts."""
+    model = get_peft_model(tiny.classifier("bert").to(dtype), LoraConfig(r=2, target_modules=["query", "value"]))
+    assert next(one for name, one in model.named_parameters() if "lora_A" in name).dtype == torch.float32
+    found = engine.start(model, proof.rows_of_batch(padded()))
+    with torch.no_grad():
+        expected = model(**padded()).logits
+        with found.open():
+            torch.testing.assert_close(model(**padded()).logits, expected, rtol=0.05, atol=0.05)
+    assert not fast_products
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_attention_by_products_has_second_derivatives(p: float, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By finite differences of the first ones, with the same places dropped every time."""
+    kept = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(1)) > p
+    monkeypatch.setattr(products.dropout, "drawn", lambda shape, p, dtype: (kept.to(dtype), 1 / (1 - p)))
+    pick = torch.Generator().manual_seed(0)
+    query, key, value, bias = (
+        torch.randn(*shape, generator=pick, dtype=torch.float64).requires_grad_()
+        for shape in ((6, 4, 3), (6, 4, 3), (6, 4, 3), (3, 1, 4, 4))
+    )
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril() if masked else None
+
+    def attention(query: Any, key: Any, value: Any, bias: Any) -> Any:
+        return products._Attention.apply(query, key, value, bias, mask, 2, 0.5, p)
+
+    assert torch.autograd.gradcheck(attention, (query, key, value, bias))
+    assert torch.autograd.gradgradcheck(attention, (query, key, value, bias))

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hybridtune import engine
@@ -449,3 +450,33 @@ def test_what_else_a_row_has_tells_it_apart() -> None:
     right = keys_of({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
     assert left[0] != left[1]
     assert right == [same[0]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.scale_layer(3.0),
+        lambda layer: layer.merge(),
+        lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(layer.base_layer.weight.detach() * 2, False)),
+    ],
+    ids=["adapters off", "another scale", "merged", "another weight"],
+)
+def test_what_is_done_to_frozen_layers_without_a_write(change: Callable[[Any], None]) -> None:
+    model = tiny.classifier("bert")
+    tiny.shake(model.parameters(), by=0.2)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)).eval()
+    model.requires_grad_(False)
+    model.base_model.model.classifier.requires_grad_(True)
+    rows = tiny.batch()
+    found = engine.start(model, proof.rows_of_batch(rows), Caches())
+    assert found.seam is not None
+    with found.open():
+        model(**rows)
+    assert found.seam.frozen is not None
+    change(model.base_model.model.bert.encoder.layer[0].attention.self.query)
+    with torch.no_grad():
+        expected = model(**rows).logits
+        with found.open(), pytest.warns(UserWarning, match="frozen layers were changed"):
+            ours = model(**rows).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

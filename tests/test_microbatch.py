@@ -12,7 +12,7 @@ import tiny
 import torch
 import transformers as hf
 
-from hybridtune.engine.microbatch import by_tokens
+from hybridtune.engine.microbatch import MIN_ROWS, by_length, by_tokens
 from hybridtune.errors import RecipeError
 from hybridtune.recipe import Recipe
 from hybridtune.train import HybridTrainer
@@ -51,7 +51,7 @@ def test_a_batch_is_cut_by_hand(side: str) -> None:
 def test_what_is_not_cut() -> None:
     whole = batch("left")
     assert by_tokens(whole, 1000) == [whole]
-    assert len(by_tokens(whole | {"odd": torch.zeros(3)}, LIMIT)) == 1
+    assert len(by_tokens(whole | {"odd": torch.zeros(3)}, 1000)) == 1
     del whole["attention_mask"]
     assert [len(piece["labels"]) for piece in by_tokens(whole, 50)] == [2] * 4, "every place is a token"
 
@@ -249,3 +249,38 @@ def test_where_a_models_own_loss_is_another_it_is_refused(build: Build) -> None:
         pytest.raises(RecipeError, match="the model's own loss .its own loss is not the cross-entropy"),
     ):
         build(LIMIT, stages=None, kind="gemma", model=capped).train()
+
+
+def test_targets_of_a_decoder_count() -> None:
+    batch = {
+        "input_ids": torch.ones(4, 5, dtype=torch.long),
+        "attention_mask": torch.ones(4, 5, dtype=torch.long),
+        "labels": torch.where(torch.arange(30) < torch.tensor([[30], [2], [30], [2]]), 7, -100),
+    }
+    assert len(by_tokens(batch, 20)) == 1
+    pieces = by_tokens(batch, 20, writes=True)
+    assert [len(piece["labels"]) for piece in pieces] == [2, 1, 1]
+    for piece in pieces:
+        assert len(piece["labels"]) == 1 or 5 * len(piece["labels"]) + int(piece["labels"].ne(-100).sum()) <= 20
+
+
+def test_a_batch_whose_tokens_or_rows_cannot_be_told_is_refused() -> None:
+    ids = torch.ones(3, 4, dtype=torch.long)
+    shared = {"input_ids": ids, "position_ids": torch.arange(4)[None]}
+    with pytest.raises(RecipeError, match=r"position_ids: has no entry for each row.*\n.*3 entries"):
+        by_tokens(shared, 4)
+    with pytest.raises(RecipeError, match="the tokens of a batch cannot be counted"):
+        by_tokens({"pixels": ids}, 4)
+    assert [len(piece["inputs_embeds"]) for piece in by_tokens({"inputs_embeds": torch.ones(3, 4, 8)}, 8)] == [2, 1]
+
+
+@pytest.mark.parametrize("cut", [by_length, lambda batch: by_tokens(batch, 24)], ids=["length", "tokens"])
+def test_what_is_as_wide_as_the_batch_by_chance_stays_whole(cut: Any) -> None:
+    """Features of a row, of whose places padding says nothing."""
+    lengths = torch.tensor([*[3] * MIN_ROWS, *[10] * MIN_ROWS])
+    mask = (torch.arange(10) < lengths[:, None]).long()
+    features, places = torch.randn(len(mask), 10), torch.arange(10).expand(len(mask), 10)
+    pieces = cut({"input_ids": mask * 5, "attention_mask": mask, "features": features, "position_ids": places})
+    assert len(pieces) > 1
+    assert pieces[0]["input_ids"].shape[1] == pieces[0]["position_ids"].shape[1] == 3
+    assert torch.equal(torch.cat([piece["features"] for piece in pieces]), features)

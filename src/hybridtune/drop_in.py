@@ -26,6 +26,13 @@ from .train import HybridTrainer
 from .tuned import Tuned, save_pretrained
 
 Trainer = HybridTrainer
+# Of a delta: what is not as it should be there is an error.
+LOADING_INFO: dict[str, Any] = {
+    "missing_keys": set(),
+    "unexpected_keys": set(),
+    "mismatched_keys": set(),
+    "error_msgs": [],
+}
 
 __all__ = ["AutoModelForSequenceClassification", "AutoTokenizer", "Trainer", "TrainingArguments"]
 
@@ -34,35 +41,37 @@ class AutoTokenizer(transformers.AutoTokenizer):  # type: ignore[misc]
     """`transformers.AutoTokenizer`, which knows the names of packaged models too."""
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Loads a tokenizer as transformers does.
 
         Args:
-            name: hub id, folder, or the name of a packaged model.
+            pretrained_model_name_or_path: hub id, folder, or the name of a packaged model.
             *args: as transformers takes them.
             **kwargs: as transformers takes them.
         """
-        return super().from_pretrained(models.locate(str(name)), *args, **kwargs)
+        return super().from_pretrained(models.locate(str(pretrained_model_name_or_path)), *args, **kwargs)
 
 
 class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassification):  # type: ignore[misc]
     """`transformers.AutoModelForSequenceClassification`, whose models take a bottleneck adapter by name."""
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Loads a model as transformers does, or a folder that `Trainer.save_model` has written.
 
         Args:
-            name: hub id, folder, the name of a packaged model, or a folder with a delta.
+            pretrained_model_name_or_path: hub id, folder, the name of a packaged model, or a folder with a delta.
             *args: as transformers takes them.
-            **kwargs: as transformers takes them; of a delta only `dtype` counts, the others are written in it.
+            **kwargs: as transformers takes them; of a delta `dtype` and `output_loading_info` count, the others are
+                written in it.
 
         Raises:
             RunError, ModelError: a delta is damaged, or its base has other weights.
         """
+        name, asked = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         if (Path(name) / MANIFEST).is_file():
-            return _tuned(Path(name), kwargs.get("dtype", kwargs.get("torch_dtype", "auto")))
-        asked = kwargs.pop("output_loading_info", False)
+            model = _tuned(Path(name), kwargs.get("dtype", kwargs.get("torch_dtype", "auto")))
+            return (model, dict(LOADING_INFO)) if asked else model
         model, info = super().from_pretrained(models.locate(str(name)), *args, output_loading_info=True, **kwargs)
         _bind(model)
         model._hybridtune_new = models.new_in(info)
@@ -87,11 +96,11 @@ def _tuned(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
 
 def _bind(model: Any) -> None:
-    model.add_adapter = MethodType(_add_adapter, model)
+    model.add_adapter = MethodType(add_adapter, model)
     model.save_pretrained = MethodType(save_pretrained, model)
 
 
-def _add_adapter(
+def add_adapter(
     model: PreTrainedModel, adapter_config: Any = "default", adapter_name: str | None = None, **options: Any
 ) -> None:
     """Adds a bottleneck adapter to every layer, by name; a PEFT config goes to transformers, as ever.

@@ -217,7 +217,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
             return [inputs]
         pieces, limit = [inputs], self.max_tokens_per_micro_batch
         if limit is not None:
-            pieces = by_tokens(dict(inputs), limit)
+            config = getattr(self.model, "config", None)
+            pieces = by_tokens(dict(inputs), limit, getattr(config, "is_encoder_decoder", False))
         if self.args.device.type == "cpu" and not (self.engine and self.engine.on):
             pieces = [part for piece in pieces for part in by_length(dict(piece))]
         return [part for piece in pieces for part in guard.cut(piece, 2**self.micro_batch_halvings)]

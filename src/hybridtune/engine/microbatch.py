@@ -11,9 +11,11 @@ from functools import partial
 
 import torch
 
-from .batches import is_rows
+from ..errors import RecipeError
+from .batches import is_row, is_rows
 from .decoder import IGNORED
 
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 MIN_ROWS = 8
 WASTE = 0.1
 
@@ -34,32 +36,59 @@ def by_length(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return _cut(batch, mask, _where_padding_grows)
 
 
-def by_tokens(batch: dict[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+def by_tokens(batch: dict[str, torch.Tensor], limit: int, writes: bool = False) -> list[dict[str, torch.Tensor]]:
     """Cuts a batch, its rows sorted by length, where the next row would be one too many.
 
     Args:
         batch: as above, padded on any side; without a mask all its places are tokens.
         limit: tokens of a micro-batch, padding not counted. A row with more is a micro-batch of its own.
+        writes: whether labels are texts for a decoder, whose tokens count too.
+
+    Raises:
+        RecipeError: rows cannot be told apart.
     """
+    given = batch.get("input_ids", batch.get("inputs_embeds"))
     mask = batch.get("attention_mask")
-    if mask is None and torch.is_tensor(batch.get("input_ids")):
-        mask = torch.ones_like(batch["input_ids"])
-    if mask is None or mask.dim() != 2 or not is_rows(batch):
+    if mask is None and torch.is_tensor(given):
+        mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+    if mask is None or mask.dim() != 2:
+        raise RecipeError(
+            "max_tokens_per_micro_batch: the tokens of a batch cannot be counted",
+            found=", ".join(batch),
+            expected="attention_mask, input_ids or inputs_embeds, a place for each token of each row",
+            mend="leave it out, and lower per_device_train_batch_size instead",
+        )
+    tokens, labels = mask.sum(1), batch.get("labels")
+    if writes and labels is not None and labels.dim() == 2 and not labels.is_floating_point():
+        tokens = tokens + labels.ne(IGNORED).sum(1)
+    if int(tokens.sum()) <= limit:
         return [batch]
-    return _cut(batch, mask, partial(_where_full, limit=limit))
+    shared = [name for name, value in batch.items() if not is_row(value, len(mask))]
+    if shared:
+        raise RecipeError(
+            f"max_tokens_per_micro_batch: {', '.join(shared)}: has no entry for each row of a batch",
+            expected=f"{len(mask)} entries, as the other columns have",
+            mend="have the collator give it once a row, or leave max_tokens_per_micro_batch out",
+        )
+    return _cut(batch, mask, partial(_where_full, limit=limit), tokens)
 
 
 def _cut(
-    batch: dict[str, torch.Tensor], mask: torch.Tensor, where: Callable[[list[int]], list[tuple[int, int]]]
+    batch: dict[str, torch.Tensor],
+    mask: torch.Tensor,
+    where: Callable[[list[int]], list[tuple[int, int]]],
+    tokens: torch.Tensor | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    lengths, order = mask.sum(1).sort(stable=True)
+    own = mask.sum(1)
+    lengths, order = (own if tokens is None else tokens).sort(stable=True)
     cuts, narrow = where(lengths.tolist()), _ends_padded(mask)
     if len(cuts) == 1 and not narrow:
         return [batch]
     apart = ("decoder_", "labels") if "decoder_input_ids" in batch else ("decoder_",)  # of another text's width
     pieces = []
     for start, stop in cuts:
-        rows, longest = order[start:stop], int(lengths[stop - 1]) if narrow else mask.shape[1]
+        rows = order[start:stop]
+        longest = int(own[rows].max()) if narrow else mask.shape[1]
         pieces.append(
             {
                 key: value[rows] if key.startswith(apart) else _narrow(key, value[rows], mask.shape[1], longest)
@@ -77,13 +106,15 @@ def _ends_padded(mask: torch.Tensor) -> bool:
 def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Tensor:
     """Leaves the shared padding out of what has a column for each token.
 
-    Labels may be as wide by chance (one for each class, or a target text): they lose only what no loss looks at.
+    Others may be as wide by chance (labels for each class, a target text, features of a row): they lose only what is
+    the same everywhere, and labels only what no loss looks at.
     """
-    if value.dim() < 2 or value.shape[1] != width:
+    if value.dim() < 2 or value.shape[1] != width or longest == width:
         return value
-    if key == "labels" and not bool((value[:, longest:] == IGNORED).all()):
+    behind = value[:, longest:]
+    if key == "labels" and not bool((behind == IGNORED).all()):
         return value
-    return value[:, :longest]
+    return value[:, :longest] if key in PER_TOKEN or bool((behind == behind[0, 0]).all()) else value
 
 
 def _where_full(lengths: list[int], limit: int) -> list[tuple[int, int]]:
