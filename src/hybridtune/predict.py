@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Predictor:
         """
         if isinstance(rows, (str, dict)):
             raise DataError("predict: a single row was given", expected="a list of rows", mend="predict([row])")
+        if not isinstance(rows, (Iterable, Dataset, pd.DataFrame)):
+            raise DataError("predict: no rows were given", found=repr(rows), expected="a list of rows")
         table = rows if isinstance(rows, (Dataset, pd.DataFrame)) else self._rows_from(list(rows))
         if len(table) == 0:
             return []
@@ -77,10 +79,14 @@ class Predictor:
         numbers = row_numbers(texts).tolist()
         empty = [number for number, *row in zip(numbers, *inputs[:].values(), strict=True) if not any(map(_says, row))]
         if empty:
-            shown = ", ".join(map(str, empty[1:SHOWN_ROWS])) + (", ..." if len(empty) > SHOWN_ROWS else "")
-            first = place(source, empty[0]).removeprefix("the rows, ") + (", " if len(empty) > 1 else "")
-            warn(f"{len(empty)} of {len(texts)} rows are empty, their predictions mean nothing: {first}{shown}")
+            listed = _listed(empty, source)
+            warn(f"{len(empty)} of {len(texts)} rows are empty, their predictions mean nothing: {listed}")
         items = self.task.encode(texts, self.tokenizer, self.limit)
+        lengths = [] if self.task.windowed else items["length"][:]
+        cut = [number for number, length in zip(numbers, lengths, strict=False) if length > self.limit]
+        if cut:
+            listed = _listed(cut, source)
+            warn(f"{len(cut)} of {len(texts)} rows are longer than {self.limit} tokens and are cut there: {listed}")
         return self.task.decode(self.logits(items), items, texts)
 
     def _rows_from(self, given: list[Any]) -> list[dict[str, Any]]:
@@ -130,6 +136,12 @@ class Predictor:
         """Moves the model."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
+
+
+def _listed(numbers: Sequence[int], source: str) -> str:
+    """Rows by their numbers."""
+    shown = ", ".join(map(str, numbers[1:SHOWN_ROWS])) + (", ..." if len(numbers) > SHOWN_ROWS else "")
+    return place(source, numbers[0]).removeprefix("the rows, ") + (", " if len(numbers) > 1 else "") + shown
 
 
 def _says(value: Any) -> bool:

@@ -409,7 +409,10 @@ def without_heads(strategy: Strategy) -> Strategy:
         stage.model_copy(update={"rules": [rule for rule in stage.rules if rule.part != "head"] or stage.rules})
         for stage in strategy.stages
     ]
-    return strategy.model_copy(update={"stages": stages})
+    if stages == strategy.stages:
+        return strategy
+    title = f"{strategy.title} (the pretrained head of a model that writes stays as it is)"
+    return strategy.model_copy(update={"stages": stages, "title": title})
 
 
 def load_strategy(name: str, at: tuple[Any, ...] = (), check: Check = lambda rule: None) -> Strategy:

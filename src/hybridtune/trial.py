@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -32,7 +34,7 @@ from .memory import PeakMemory
 from .own_metrics import NO_METRICS, OwnMetrics
 from .recipe import Recipe, Strategy
 from .resolve import Plan
-from .stage import METRICS, SPEED
+from .stage import METRICS, SPEED, is_finished
 from .start import Start
 from .tasks import Logits, Task, for_the_model
 from .train import HybridTrainer
@@ -199,6 +201,10 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path, fold: int
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    trainer.add_callback(SaysHow(trainer, setting.console))
+    for stage, path in zip(strategy.stages, trainer.stage_folders, strict=True):
+        if is_finished(path):
+            setting.console.line(f"    {stage.name}  finished before")
     if not trainer.can_resume:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier trial did not come far enough
     try:
@@ -233,6 +239,25 @@ def run(setting: Setting, strategy: Strategy, seed: int, folder: Path, fold: int
     )
     write_json(folder / RESULT, {key: value for key, value in vars(trial).items() if key != "folder"})
     return trial
+
+
+class SaysHow(TrainerCallback):  # type: ignore[misc]
+    """Says of each stage how its rows are run, and where it goes on."""
+
+    def __init__(self, trainer: HybridTrainer, console: Console) -> None:
+        self.trainer, self.console, self.said = trainer, console, False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.said = False
+        if state.global_step:
+            self.console.line(f"    goes on after step {state.global_step} of {state.max_steps}")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Not before: an engine may be tried on the first batch."""
+        engine = self.trainer.engine
+        if not self.said and engine and engine.reason in ("", "engine: off"):  # of others there was a warning
+            self.console.line(f"    {engine}", "dim")
+        self.said = True
 
 
 def _evaluated(trainer: HybridTrainer) -> dict[str, float]:

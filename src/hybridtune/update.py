@@ -23,7 +23,7 @@ from .engine.casts import Casts
 from .engine.microbatch import by_length, by_tokens
 from .engine.noise import Noise
 from .engine.vocabulary import Vocabulary
-from .errors import RecipeError
+from .errors import HybridtuneWarning, RecipeError
 
 
 class UpdateTrainer(Trainer):  # type: ignore[misc]
@@ -56,6 +56,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         max_tokens_per_micro_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
+        _refuse_odd(engine, max_tokens_per_micro_batch)
         super().__init__(*args, **kwargs)
         # Trainer's hook takes the batch's width for a row's length: see engine/noise.py
         self.neftune_noise_alpha = None
@@ -245,6 +246,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         warnings.warn(
             f"{self._where}out of memory at step {self.state.global_step + 1}: {rows} rows at a time are halved to "
             f"{-(-rows // 2)}. The batch of an update stays what it was.",
+            category=HybridtuneWarning,
             stacklevel=2,
         )
 
@@ -368,6 +370,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
             warnings.warn(
                 f"engine: the model's own loss is used, as Trainer does, not that of {task.name} over the whole batch: "
                 f"{reason}",
+                category=HybridtuneWarning,
                 stacklevel=2,
             )
 
@@ -380,7 +383,11 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
             self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
         if not self.vocabulary.on:
             self._take(self._whole_loss)
-            warnings.warn(f"engine: logits of all tokens at once: {self.vocabulary.reason}", stacklevel=2)
+            warnings.warn(
+                f"engine: logits of all tokens at once: {self.vocabulary.reason}",
+                category=HybridtuneWarning,
+                stacklevel=2,
+            )
 
     def _try_engine(self, inputs: Any) -> None:
         """Has a few rows of different lengths show whether the model can run without padding."""
@@ -389,7 +396,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
             return
         if self._sharded:
             self.engine = Engine(None, f"not under {self._sharded} yet")
-            warnings.warn(f"engine: {self.engine}", stacklevel=2)
+            warnings.warn(f"engine: {self.engine}", HybridtuneWarning, stacklevel=2)
             return
         rows = proof.rows_of_batch(dict(inputs))
         if rows is None:
@@ -402,7 +409,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
                 raise
             self.engine = Engine(None, "memory does not suffice to try it")
         if self.engine.reason:
-            warnings.warn(f"engine: {self.engine}", stacklevel=2)
+            warnings.warn(f"engine: {self.engine}", HybridtuneWarning, stacklevel=2)
 
     @property
     def _task(self) -> tasks.Task | None:
@@ -455,6 +462,20 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
     def _not_kept(self) -> str:
         """Why what frozen layers give is not the same every time, where a user might expect it to be kept."""
         return "neftune_noise_alpha adds noise below them" if self.args.neftune_noise_alpha else ""
+
+
+def _refuse_odd(engine: Any, limit: Any) -> None:
+    """What a recipe would refuse.
+
+    Raises:
+        RecipeError: arguments that cannot be.
+    """
+    if engine not in ("auto", "off"):
+        raise RecipeError("engine: is not 'auto' or 'off'", found=repr(engine))
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0):
+        raise RecipeError(
+            "max_tokens_per_micro_batch: is no number of tokens", found=repr(limit), expected="a whole number above 0"
+        )
 
 
 def _exact_loss(model: nn.Module) -> Any:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import interface
+from ..errors import HybridtuneWarning
 from ..layers import Stack
 from .attention import MARK, Mask, attention, carry, is_plain, of
 from .batches import is_row
@@ -111,7 +112,9 @@ class Seam:
         self._be(padded)
         if self.frozen and not self.frozen.weights.hold:
             warnings.warn(
-                "engine: frozen layers were changed: what was kept of them is not used any more", stacklevel=2
+                "engine: frozen layers were changed: what was kept of them is not used any more",
+                category=HybridtuneWarning,
+                stacklevel=2,
             )
             self.frozen = None
         if self.frozen and not padded and not self.stacks[0].stops and kwargs.get("attention_mask") is not None:

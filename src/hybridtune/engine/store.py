@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
+from ..errors import HybridtuneWarning
+
 SEGMENT = 2**26  # bytes that are reserved at a time
 SHARE = 8  # of the memory and of the disk space that are free: at most one in so many bytes
 
@@ -113,6 +115,7 @@ class Store:
             self.full = True
             warnings.warn(
                 f"engine: no room to keep more rows ({len(self)} are kept): the others are computed every time",
+                category=HybridtuneWarning,
                 stacklevel=2,
             )
             return None
