@@ -91,6 +91,46 @@ def read(run: hybridtune.Run, name: str) -> Any:
     return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
 
 
+def test_how_rows_are_run_is_said_of_every_stage(race: hybridtune.Run) -> None:
+    said = (race.folder.parent / "said.txt").read_text().split("4/5")[1].split("5/5")[0].splitlines()
+    ways = [line.strip() for line in said if "padding" in line]
+    probe = "rows without padding; 3 frozen layers computed once a row, without dropout"
+    assert ways == [probe, "rows without padding", probe, "rows without padding"]
+
+
+def test_what_is_there_already_is_said(base: Path, tmp_path: Path) -> None:
+    """A stage that was finished, the step that the next goes on after, and that test rows may have been read."""
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if "2-both" in args.output_dir and state.global_step == 3:
+                raise KeyboardInterrupt
+
+    keys = {
+        "model": str(base),
+        "task": "classification",
+        "data": texts.splits(),
+        "strategy": MIX,
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_train_batch_size": 16,
+        "output": str(tmp_path / "run"),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        hybridtune.tune(keys, callbacks=[Stop()], console=Console(quiet=True))
+    resumed, finished = io.StringIO(), io.StringIO()
+    for said in (resumed, finished):
+        hybridtune.tune(keys, resume=True, console=Console(stream=said))
+    lines = [line.strip() for line in resumed.getvalue().splitlines()]
+    at = lines.index("probe  finished before")
+    assert re.match(r"goes on after step 2 of \d+$", lines[at + 1])
+    assert "test rows, read by a model for the first time" in resumed.getvalue()
+    assert re.search(r"5/5 evaluate: \d+ test rows\n", finished.getvalue())
+
+
 # What a run leaves behind
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import typer
 from typer.testing import CliRunner
 
 from hybridtune import api, cli, console
+from hybridtune.errors import DataError, HybridtuneWarning, TrainingError
 from hybridtune.recipe import built_in_strategies
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -240,10 +242,38 @@ def test_predict_names_empty_rows(call: Callable[..., Any], run: Path, tmp_path:
     result = call("predict", run, "--input", rows)
     assert result.stderr == f"warning: 2 of 4 rows are empty, their predictions mean nothing: {rows}:3, 5\n"
     assert [set(json.loads(line)) for line in result.stdout.splitlines()] == [{"row", "input", "label", "scores"}] * 4
+    words = ["predict", str(run), "--input", "-"]
+    result = CliRunner().invoke(cli.app, words, input='[{"text": "good"}, {"text": ""}]')
+    assert result.stderr == "warning: 1 of 2 rows are empty, their predictions mean nothing: stdin.json, row 2\n"
+    assert [json.loads(line)["row"] for line in result.stdout.splitlines()] == [1, 2]
     result = call("predict", run, "good", "", "--json")
     assert json.loads(result.stdout)["warnings"] == ["1 of 2 rows are empty, their predictions mean nothing: row 2"]
     with pytest.warns(UserWarning, match="1 of 2 rows are empty"):
         api.load(run).predict(["", "good"])
+
+
+def test_predict_names_rows_that_it_cuts(call: Callable[..., Any], run: Path) -> None:
+    limit = json.loads((run / "model" / "hybridtune.json").read_text())["max_length"]
+    result = call("predict", run, "good", "bad " * (2 * limit), "--json")
+    assert json.loads(result.stdout)["warnings"] == [
+        f"1 of 2 rows are longer than {limit} tokens and are cut there: row 2"
+    ]
+    with pytest.raises(DataError, match="no rows were given"):
+        api.load(run).predict(None)
+
+
+def test_what_runs_otherwise_is_said(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing of what libraries tell their developers."""
+
+    def warn(*_: Any, **__: Any) -> None:
+        warnings.warn("for developers", stacklevel=1)
+        warnings.warn("rows with padding", HybridtuneWarning, stacklevel=1)
+        raise TrainingError("the end")
+
+    monkeypatch.setattr(api, "tune", warn)
+    result = call(*tune_words())
+    assert "  ! rows with padding\n" in result.stdout
+    assert "for developers" not in result.output
 
 
 def test_evaluate(call: Callable[..., Any], run: Path) -> None:
@@ -590,7 +620,7 @@ def test_failures_that_are_nobodys_mistake(call: Callable[..., Any], monkeypatch
     monkeypatch.setattr(api, "tune", stop)
     result = call(*tune_words())
     assert result.exit_code == 130
-    assert result.stderr == "stopped; what was finished is kept, --resume goes on from there\n"
+    assert result.stderr == "stopped; nothing was begun\n"
     monkeypatch.setattr(api, "check", stop)
     result = call("check", "--model", "m", "--train", "train.csv")
     assert (result.exit_code, result.stderr) == (130, "stopped\n")  # there is nothing to go on with

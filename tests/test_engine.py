@@ -32,6 +32,7 @@ from hybridtune.engine.attention import Mask
 from hybridtune.engine.layout import CALL, Layout, filled
 from hybridtune.engine.patch import patch
 from hybridtune.engine.seam import Seam
+from hybridtune.errors import RecipeError
 from hybridtune.layers import find_stacks
 from hybridtune.recipe import Stage
 from hybridtune.train import HybridTrainer
@@ -1172,3 +1173,17 @@ def test_attention_by_products_has_second_derivatives(p: float, masked: bool, mo
 
     assert torch.autograd.gradcheck(attention, (query, key, value, bias))
     assert torch.autograd.gradgradcheck(attention, (query, key, value, bias))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"engine": "fast"}, r"engine: is not 'auto' or 'off'\n  found: +'fast'"),
+        ({"engine": False}, "engine: is not 'auto' or 'off'"),
+        ({"max_tokens_per_micro_batch": 0}, r"max_tokens_per_micro_batch: is no number of tokens\n  found: +0"),
+        ({"max_tokens_per_micro_batch": "50"}, "max_tokens_per_micro_batch: is no number of tokens"),
+    ],
+)
+def test_arguments_that_a_recipe_would_refuse(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=says):
+        HybridTrainer(tiny.classifier("bert"), TrainingArguments(str(tmp_path), use_cpu=True), **given)

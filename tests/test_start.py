@@ -68,6 +68,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_body(tmp_path_factory.mktemp("base"))
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_body_that_would_begin_with_random_weights_is_refused(name: str, tmp_path: Path) -> None:
+    """Transformers' question-answering classes of decoders look for the body under another name than checkpoints."""
+    tiny.language_model(name).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"none of its weights fits \w+ForQuestionAnswering") as raised:
+        models.load(str(tmp_path), "AutoModelForQuestionAnswering")
+    assert raised.value.expected == "weights such as transformer.embed_tokens.weight"
+    assert raised.value.mend == "task: generative_question_answering, if it is to write the answer"
+    assert models.load(str(tmp_path), "AutoModelForSequenceClassification").new == ("score.weight",)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_of_peft_is_the_same_model_and_round_trips(name: str, base: Path, tmp_path: Path) -> None:
     theirs = adapter(base, tmp_path / "peft", CONFIGS[name]())
