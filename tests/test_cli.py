@@ -256,7 +256,7 @@ def test_predict_names_rows_that_it_cuts(call: Callable[..., Any], run: Path) ->
     limit = json.loads((run / "model" / "hybridtune.json").read_text())["max_length"]
     result = call("predict", run, "good", "bad " * (2 * limit), "--json")
     assert json.loads(result.stdout)["warnings"] == [
-        f"1 of 2 rows are longer than {limit} tokens and are cut there: row 2"
+        f"1 of 2 rows are longer than {limit} tokens and are shortened to that: row 2"
     ]
     with pytest.raises(DataError, match="no rows were given"):
         api.load(run).predict(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -532,6 +533,14 @@ def test_a_model_with_a_hook_of_the_users_in_a_layer_runs_as_the_hook_expects() 
     with found.open():
         model(**padded())
     assert seen == [(*padded()["input_ids"].shape, 32)]
+
+
+def test_a_method_of_the_users_own_says_that_its_hooks_may_see_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.classifier("bert")
+    model.bert.encoder.layer[1].output.register_full_backward_hook(lambda module, *gradients: None)
+    assert not engine.start(model, proof.rows_of_batch(padded())).on
+    monkeypatch.setattr(sys.modules[__name__], "PER_TOKEN", True, raising=False)
+    assert engine.start(model, proof.rows_of_batch(padded())).on
 
 
 @pytest.mark.parametrize("half", ["autocast", "bf16"])

@@ -279,7 +279,8 @@ def test_what_is_as_wide_as_the_batch_by_chance_stays_whole(cut: Any) -> None:
     """Features of a row, of whose places padding says nothing."""
     lengths = torch.tensor([*[3] * MIN_ROWS, *[10] * MIN_ROWS])
     mask = (torch.arange(10) < lengths[:, None]).long()
-    features, places = torch.randn(len(mask), 10), torch.arange(10).expand(len(mask), 10)
+    features, places = torch.zeros(len(mask), 10), torch.arange(10).expand(len(mask), 10)
+    features[:, 0] = torch.arange(len(mask))
     pieces = cut({"input_ids": mask * 5, "attention_mask": mask, "features": features, "position_ids": places})
     assert len(pieces) > 1
     assert pieces[0]["input_ids"].shape[1] == pieces[0]["position_ids"].shape[1] == 3

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from hybridtune import loss, tasks
 from hybridtune.errors import RecipeError
+from hybridtune.tasks.classification import Task
 from hybridtune.train import HybridTrainer
 
 Config = dict[str, Any]
@@ -67,6 +68,16 @@ def of(kind: type[hf.PreTrainedModel]) -> Callable[[], hf.PreTrainedModel]:
         return kind(tiny.classifier("bert", **NO_DROPOUT).config)
 
     return build
+
+
+class EachForSequenceClassification(hf.BertForSequenceClassification):
+    """Gives a loss for every row, which a `compute_loss` is to weigh."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        if labels is not None:
+            output["loss"] = functional.cross_entropy(output.logits, labels, reduction="none")
+        return output
 
 
 OTHERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
@@ -172,6 +183,27 @@ def test_transformers_own_losses_are_the_tasks(name: str, half: bool) -> None:
         assert loss.differs(model, task, {"input_ids": ids, "attention_mask": mask, **labels}) == ""
     assert model.config.to_dict() == before
     assert not model.training
+
+
+def test_a_little_smoothing_is_seen_in_half_precision_too() -> None:
+    model = of(WeighedForSequenceClassification)()
+    rows = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.tensor([0, 1])}
+    model.forward = lambda input_ids, labels: _smoothed(
+        hf.BertForSequenceClassification.forward(model, input_ids), labels
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "would be another" in loss.differs(model, Task(range(2)), rows)
+
+
+def _smoothed(output: Any, labels: torch.Tensor) -> Any:
+    output["loss"] = functional.cross_entropy(output.logits.float(), labels, label_smoothing=0.01)
+    return output
+
+
+def test_a_loss_for_every_row_is_no_reason_to_stop() -> None:
+    rows = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.tensor([0, 1])}
+    said = loss.differs(of(EachForSequenceClassification)(), Task(range(2)), rows)
+    assert said == "it is no single number"
 
 
 class Weighted:

@@ -329,6 +329,12 @@ def test_options_that_an_earlier_stage_may_give_are_not_asked_for_before_it_is_k
         methods.options_of(methods.load("prompt"), strategy.stages[0].rules[0].options)
 
 
+def test_a_strategy_that_was_made_in_python_is_looked_at_too() -> None:
+    asked = make(strategy=Strategy(name="x", stages=[Stage(rules=[Rule(part="head", method="ful")])]))
+    with pytest.raises(MethodError, match=r'stages\.0\.rules\.0: method: unknown method "ful"'):
+        asked.strategies(methods.check)
+
+
 def test_a_method_in_a_strategy_file_is_refused_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("stages:\n- rules:\n  - part: head\n    method: ful\n")
     (tmp_path / "r.yaml").write_text("model: m\ntask: classification\ndata: {train: a.csv}\n")

@@ -37,6 +37,7 @@ class Part:
         blocks: the attention and feed-forward blocks that lie in it whole.
         roles: matrix -> its projection, of those that lie in a block.
         norms: names of the parameters of its normalisation layers.
+        depth: layers of the model's deepest stack.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Part:
     blocks: tuple[Block, ...] = ()
     roles: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
+    depth: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -246,7 +248,8 @@ class Anatomy:
         norms = tuple(parameter for parameter in own if parameter in self.norm_parameters)
         matrices = tuple(matrices)
         roles = {matrix: self._roles[matrix] for matrix in matrices if matrix in self._roles}
-        return Part(name, tuple(modules), own, matrices, blocks, roles, norms)
+        deepest = max(self.depth.values(), default=1)
+        return Part(name, tuple(modules), own, matrices, blocks, roles, norms, deepest)
 
     def _is_matrix(self, module: str) -> bool:
         """Whether it can have an update of its own: a tied matrix is also another's, which would not get it, and an

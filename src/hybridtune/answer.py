@@ -84,7 +84,6 @@ def run(
         RuntimeError: out of memory with a single item.
     """
     device, collate = next(model.parameters()).device, DataCollatorWithPadding(tokenizer)
-    model.eval()
     rows = items.to_list()
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
     results: dict[int, np.ndarray] = {}
@@ -96,6 +95,7 @@ def run(
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
         casts.open() if bf16 else nullcontext(),
     ):
+        model.eval()
         while order:
             numbers = order[:batch_size]
             try:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,8 +126,13 @@ def tune(
 ) -> None:
     """Tune a model: goal, data, strategy, tuning, evaluation."""
     flags = {key: value for key, value in locals().items() if key not in _NO_KEYS}
-    folders: list[Path] = []
-    with _command(as_json, lambda: any((folder / "recipe.yaml").is_file() for folder in folders)) as console:
+    folders, since = list[Path](), time.time()
+
+    def begun() -> bool:
+        recipes = [file for folder in folders if (file := folder.expanduser() / "recipe.yaml").is_file()]
+        return any(resume or file.stat().st_mtime >= since for file in recipes)
+
+    with _command(as_json, begun) as console:
         from . import api
         from .recipe import Recipe
         from .recipe_file import placed
@@ -445,7 +451,7 @@ def _command(as_json: bool, begun: Callable[[], bool] | None = None) -> Iterator
     """Runs a command: a mistake gives one clear error and no traceback.
 
     Args:
-        as_json: whether nothing else is printed.
+        as_json: whether JSON alone is printed.
         begun: whether there is anything that `--resume` would go on with, for commands that have it.
     """
     from .console import Console
@@ -457,8 +463,8 @@ def _command(as_json: bool, begun: Callable[[], bool] | None = None) -> Iterator
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", HybridtuneWarning)
     console = Console(quiet=as_json)
+    shown = warnings.showwarning
     if not as_json:
-        shown = warnings.showwarning
         warnings.showwarning = lambda message, category, *where: (
             console.warn(str(message)) if issubclass(category, HybridtuneWarning) else shown(message, category, *where)
         )
@@ -490,6 +496,8 @@ def _command(as_json: bool, begun: Callable[[], bool] | None = None) -> Iterator
         kept = "; what was finished is kept, --resume goes on from there" if begun and begun() else ""
         print("stopped" + (kept or ("; nothing was begun" if begun else "")), file=sys.stderr)
         raise typer.Exit(130) from None
+    finally:
+        warnings.showwarning = shown
 
 
 def _text(value: object) -> str | None:

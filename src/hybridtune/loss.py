@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from .engine import proof
-from .engine.casts import compute_type
 from .engine.patch import in_evaluation
 from .tasks import Task
 
@@ -52,21 +51,23 @@ def differs(model: nn.Module, task: Task, batch: dict[str, Any]) -> str:
     own = output.get("loss")
     if own is None:
         return ""
+    if not torch.is_tensor(own) or own.dim() != 0:
+        return "it is no single number"
     without = type(output)({name: value for name, value in output.items() if name != "loss"})
+    logits = [output[name] for name in LOGITS if name in output and output[name].requires_grad]
     try:
         ours = task.loss(without, task.with_labels(rows)["labels"])
+        compared = [("the loss", ours, own)]
+        if logits and own.requires_grad:
+            at_logits = zip(_gradients(ours, logits), _gradients(own, logits), strict=True)
+            compared += [("its gradient", found, expected) for found, expected in at_logits if expected is not None]
     except proof.WRONG as error:
         return f"its labels or logits are of another kind ({error})"
-    logits = [output[name] for name in LOGITS if name in output and output[name].requires_grad]
-    compared = [("the loss", ours, own)]
-    if logits and own.requires_grad:
-        at_logits = zip(_gradients(ours, logits), _gradients(own, logits), strict=True)
-        compared += [("its gradient", found, expected) for found, expected in at_logits if expected is not None]
-    allowed = proof.allowed(compute_type(own), WHOLE, ROUNDINGS)
+    allowed = proof.allowed(own.dtype, WHOLE, ROUNDINGS)  # both of the same logits, of whatever type these are
     for what, found, expected in compared:
         by = proof.difference(found.detach(), expected.detach())
         if not by <= allowed:  # neither where it is no number
-            return f"{what} would be another (by {by:.1%})"
+            return f"{what} would be another (by {by:.2g} of it)"
     return ""
 
 

@@ -85,8 +85,8 @@ class Predictor:
         lengths = [] if self.task.windowed else items["length"][:]
         cut = [number for number, length in zip(numbers, lengths, strict=False) if length > self.limit]
         if cut:
-            listed = _listed(cut, source)
-            warn(f"{len(cut)} of {len(texts)} rows are longer than {self.limit} tokens and are cut there: {listed}")
+            of = f"{len(cut)} of {len(texts)} rows"
+            warn(f"{of} are longer than {self.limit} tokens and are shortened to that: {_listed(cut, source)}")
         return self.task.decode(self.logits(items), items, texts)
 
     def _rows_from(self, given: list[Any]) -> list[dict[str, Any]]:

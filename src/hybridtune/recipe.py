@@ -354,7 +354,7 @@ class Recipe(Training):
             except ValidationError as error:
                 raise as_recipe_error(error, where, cls) from None
 
-    def strategies(self, check: Check = lambda rule: None) -> list[Strategy]:
+    def strategies(self, check: Check | None = None) -> list[Strategy]:
         """Returns the candidates: one strategy, or several that are raced.
 
         Args:
@@ -415,7 +415,7 @@ def without_heads(strategy: Strategy) -> Strategy:
     return strategy.model_copy(update={"stages": stages, "title": title})
 
 
-def load_strategy(name: str, at: tuple[Any, ...] = (), check: Check = lambda rule: None) -> Strategy:
+def load_strategy(name: str, at: tuple[Any, ...] = (), check: Check | None = None) -> Strategy:
     """Reads a strategy by its name, or from a YAML file.
 
     Args:
@@ -490,7 +490,7 @@ def are_stages(asked: Any) -> bool:
 def read_strategy(
     asked: Any,
     at: tuple[Any, ...] = (),
-    check: Check = lambda rule: None,
+    check: Check | None = None,
     *,
     within: tuple[Any, ...] = (),
     where: str = "",
@@ -508,6 +508,7 @@ def read_strategy(
         RecipeError: there is no such strategy, or a key is unknown, missing or has a value it cannot have.
     """
     if isinstance(asked, Strategy):
+        _check(asked, check)
         return asked
     if isinstance(asked, (str, Path)):
         return load_strategy(str(asked), at, check)
@@ -528,13 +529,25 @@ def read_strategy(
         strategy = Strategy(**{"name": "custom", **asked})
     except ValidationError as error:
         raise as_recipe_error(error, where, Strategy, name, at, within) from None
-    for number, stage in enumerate(strategy.stages):
+    _check(strategy, check, name, at, within, where)
+    return strategy
+
+
+def _check(
+    strategy: Strategy,
+    check: Check | None,
+    name: str = "",
+    at: tuple[Any, ...] = (),
+    within: tuple[Any, ...] = (),
+    where: str = "",
+) -> None:
+    """Has every rule checked; see `read_strategy`."""
+    for number, stage in enumerate(strategy.stages if check else ()):
         for n, rule in enumerate(stage.rules):
             try:
-                check(rule)
+                check(rule)  # type: ignore[misc]
             except UserError as error:
                 path = ("stages", number, "rules", n)
                 problem = ": ".join(filter(None, (name, ".".join(map(str, path)), error.said)))
                 place = None if error.at is None else (*at, *(*path, *error.at)[len(within) :])
                 raise error.but(problem, where=where, at=place) from None
-    return strategy

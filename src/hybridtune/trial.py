@@ -26,7 +26,7 @@ from . import answer, guard
 from . import model as models
 from . import start as starts
 from .console import Console
-from .engine import Caches
+from .engine import OFF, Caches
 from .engine.precision import Choice
 from .errors import TrainingError, first_line
 from .files import read_json, write_json
@@ -255,7 +255,7 @@ class SaysHow(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Not before: an engine may be tried on the first batch."""
         engine = self.trainer.engine
-        if not self.said and engine and engine.reason in ("", "engine: off"):  # of others there was a warning
+        if not self.said and engine and engine.reason in ("", OFF):  # of others there was a warning
             self.console.line(f"    {engine}", "dim")
         self.said = True
 

@@ -22,6 +22,7 @@ from .engine.batches import is_rows
 from .engine.casts import Casts
 from .engine.microbatch import by_length, by_tokens
 from .engine.noise import Noise
+from .engine.patch import alone
 from .engine.vocabulary import Vocabulary
 from .errors import HybridtuneWarning, RecipeError
 
@@ -141,6 +142,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self._task is not None and "labels" not in batches[0]:
+            self._try_loss(batches[0])  # while a model's own names are there
         if batches and self._task is not None and "labels" not in batches[0]:
             batches = [self._task.with_labels(batch) for batch in batches]
             items = self._get_num_items_in_batch(batches, device)
@@ -309,12 +312,13 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
     @contextmanager
     def _fast(self, model: nn.Module, inputs: Any) -> Iterator[None]:
         """Runs rows without padding, where the model has shown, at the latest on these, that it gives the same so."""
-        self._try_on(inputs)
-        with (
-            self.engine.open(self._casts) if self.engine else nullcontext(),
-            self._casts.open() if self._casts else nullcontext(),
-        ):
-            yield
+        with alone(self.model):
+            self._try_on(inputs)
+            with (
+                self.engine.open(self._casts) if self.engine else nullcontext(),
+                self._casts.open() if self._casts else nullcontext(),
+            ):
+                yield
 
     def _noise(self) -> AbstractContextManager[None]:
         """NEFTune's, while a step is computed: evaluations know none.
@@ -392,7 +396,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
     def _try_engine(self, inputs: Any) -> None:
         """Has a few rows of different lengths show whether the model can run without padding."""
         if self._engine_asked == "off":
-            self.engine = Engine(None, "engine: off")
+            self.engine = Engine(None, engine.OFF)
             return
         if self._sharded:
             self.engine = Engine(None, f"not under {self._sharded} yet")

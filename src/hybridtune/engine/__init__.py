@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import nn
 from ..errors import PartError, first_line
 from ..layers import find_stacks
 from . import decoder, dropout, lora, proof, vocabulary
+from .batches import without_labels
 from .casts import Casts, autocast_type, compute_type
 from .embedding import Tables
 from .frozen import Caches as Caches
@@ -28,7 +30,9 @@ from .seam import Seam
 # wrong mask changes a good part of what a trained body gives.
 WHOLE, ROUNDINGS = 1e-4, 10
 Ask = Callable[[], torch.Tensor]
+OFF = "engine: off"  # the reason where it was asked for
 OURS = ("hybridtune", "transformers", "peft", "accelerate", "torch")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -133,12 +137,17 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
 
 
 def _foreign_hook(seam: Seam) -> str:
-    """A hook on a layer, or in one, that comes neither from us nor from what we are built on."""
+    """A hook on a layer, or in one, that comes neither from us nor from what we are built on.
+
+    A user's own method says with PER_TOKEN that its hooks look at one token at a time.
+    """
     for layer in (layer for stack in seam.stacks for layer in stack.layers):
         for module in layer.modules():
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            tables = (getattr(module, name) for name in HOOKS)
+            for hook in (hook for table in tables for hook in table.values()):
                 function = getattr(hook, "func", hook)  # of a partial
-                if (getattr(function, "__module__", None) or "").partition(".")[0] not in OURS:
+                where = getattr(function, "__module__", None) or ""
+                if where.partition(".")[0] not in OURS and not getattr(sys.modules.get(where), "PER_TOKEN", False):
                     return f"{getattr(function, '__qualname__', function)} on {type(module).__name__}"
     return ""
 
@@ -158,7 +167,11 @@ def _frozen(model: nn.Module, ask: Ask, seam: Seam, caches: Caches) -> Frozen | 
     weights = Weights(model, names, [module for _, module in below if isinstance(module, BaseTunerLayer)])
     told = [
         weights.fingerprint,
-        *(f"{name} {module.scaling}" for name, module in below if hasattr(module, "scaling")),
+        *(
+            f"{name} {module.scaling}"
+            for name, module in below
+            if hasattr(module, "scaling") and not isinstance(module, BaseTunerLayer)
+        ),
         f"{depth} {autocast_type(next(model.parameters()).device)}",
     ]
     return Frozen(depth, modules, caches.of("\n".join(told)), weights=weights)
@@ -199,7 +212,7 @@ def _question(model: nn.Module, seam: Seam, batch: dict[str, Any]) -> Ask:
 def _into_head(model: nn.Module, seam: Seam, head: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     batch = decoder.complete(model, batch)
     with vocabulary.without_logits(head) as hidden, seam.scoring(batch.get("labels")):
-        model(**{key: value for key, value in batch.items() if key != "labels"})
+        model(**without_labels(batch))
     (answers,) = hidden
     return _counted(answers, batch)
 
@@ -207,7 +220,7 @@ def _into_head(model: nn.Module, seam: Seam, head: nn.Module, batch: dict[str, A
 def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """With labels only where the model knows them: a task's own loss may take others than the model's."""
     known = "labels" in inspect.signature(model.forward).parameters
-    output = model(**(batch if known else {key: value for key, value in batch.items() if key != "labels"}))
+    output = model(**(batch if known else without_labels(batch)))
     if "start_logits" in output:
         return _counted(torch.stack([output["start_logits"], output["end_logits"]], -1), batch)
     return _counted(output["logits"] if "logits" in output else output[0], batch)

@@ -14,6 +14,11 @@ def is_rows(batch: Any) -> bool:
     return all(is_row(value, rows) for value in values)
 
 
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch for a model that is to compute no loss."""
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
 def is_row(value: Any, rows: int) -> bool:
     """Whether something has an entry for each of so many examples."""
     return torch.is_tensor(value) and value.dim() > 0 and len(value) == rows

@@ -76,14 +76,15 @@ class Weights:
         """
         if self._of_layers() != self._states:
             return False
-        for name, tensor in self._tensors.items():
-            if tensor.requires_grad or getattr(*self._places[name], None) is not tensor:
+        for name, place in self._places.items():
+            tensor = getattr(*place, None)
+            if not isinstance(tensor, torch.Tensor) or tensor.requires_grad:
                 return False
             now = written(tensor)
-            if now != self._written[name]:
-                if digest_of([(name, tensor)]) != self._digests[name]:
+            if tensor is not self._tensors[name] or now != self._written[name]:
+                if tensor.dtype != self._tensors[name].dtype or digest_of([(name, tensor)]) != self._digests[name]:
                     return False
-                self._written[name] = now
+                self._tensors[name], self._written[name] = tensor, now
         return True
 
     def _of_layers(self) -> list[tuple[Any, ...]]:

@@ -37,7 +37,7 @@ def by_length(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
 
 
 def by_tokens(batch: dict[str, torch.Tensor], limit: int, writes: bool = False) -> list[dict[str, torch.Tensor]]:
-    """Cuts a batch, its rows sorted by length, where the next row would be one too many.
+    """Cuts a batch, its rows sorted by length, before each row that would exceed the limit.
 
     Args:
         batch: as above, padded on any side; without a mask all its places are tokens.
@@ -45,7 +45,7 @@ def by_tokens(batch: dict[str, torch.Tensor], limit: int, writes: bool = False) 
         writes: whether labels are texts for a decoder, whose tokens count too.
 
     Raises:
-        RecipeError: rows cannot be told apart.
+        RecipeError: tokens cannot be counted, or rows not told apart.
     """
     given = batch.get("input_ids", batch.get("inputs_embeds"))
     mask = batch.get("attention_mask")
@@ -106,15 +106,16 @@ def _ends_padded(mask: torch.Tensor) -> bool:
 def _narrow(key: str, value: torch.Tensor, width: int, longest: int) -> torch.Tensor:
     """Leaves the shared padding out of what has a column for each token.
 
-    Others may be as wide by chance (labels for each class, a target text, features of a row): they lose only what is
-    the same everywhere, and labels only what no loss looks at.
+    Others may be as wide by chance (labels for each class, a target text, features of a row): of numbers with a point
+    nothing is cut, of whole ones only what is the same everywhere, and of labels only what no loss looks at.
     """
     if value.dim() < 2 or value.shape[1] != width or longest == width:
         return value
     behind = value[:, longest:]
     if key == "labels" and not bool((behind == IGNORED).all()):
         return value
-    return value[:, :longest] if key in PER_TOKEN or bool((behind == behind[0, 0]).all()) else value
+    each = key in PER_TOKEN or (not value.is_floating_point() and bool((behind == behind[0, 0]).all()))
+    return value[:, :longest] if each else value
 
 
 def _where_full(lengths: list[int], limit: int) -> list[tuple[int, int]]:

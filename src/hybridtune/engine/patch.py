@@ -24,7 +24,7 @@ def patch(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
 
 
 def alone(model: nn.Module) -> threading.RLock:
-    """To be entered while a model is changed: other threads wait."""
+    """To be entered while a model is switched over, several times by the same thread: others that would do so wait."""
     return _LOCKS.setdefault(model, threading.RLock())
 
 

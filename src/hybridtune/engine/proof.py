@@ -48,7 +48,7 @@ def repeated(batch: Batch, count: int) -> Batch | None:
     places = seen[row].nonzero().squeeze(1)
 
     def cut(name: str, value: torch.Tensor) -> torch.Tensor:
-        each = value.dim() > 1 and value.shape[1] == mask.shape[1] and not value[row].is_floating_point()
+        each = value.dim() > 1 and value.shape[1] == mask.shape[1] and not value.is_floating_point()
         one = value[row : row + 1]
         return (one.index_select(1, places) if each or name == "inputs_embeds" else one).repeat_interleave(count, 0)
 

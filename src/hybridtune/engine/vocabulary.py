@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ..errors import first_line
 from . import proof
-from .batches import is_rows
+from .batches import is_rows, without_labels
 from .decoder import IGNORED, complete
 from .patch import in_evaluation
 
@@ -137,7 +137,7 @@ class Vocabulary:
             rest = complete(self.model, batch)
             labels = rest["labels"]
             with self.open(labels):
-                outputs = self.model(**{key: value for key, value in rest.items() if key != "labels"})
+                outputs = self.model(**without_labels(rest))
         found = self.loss(outputs, labels)
         return "" if _close(found, own, made_up.dtype) else f"a loss of {found:.6g} instead of {own:.6g}"
 

@@ -14,6 +14,7 @@ The contract of such a file; what stands in brackets may be left out:
     [MERGES]                       why what it adds cannot be folded into the model's weights, where it cannot
     [WRAPS]                        True where it replaces the matrices that it sits on: two such on one are refused
     [FREEZES]                      True where it keeps what it claims from being trained
+    [PER_TOKEN]                    True where its hooks in layers look at one token at a time: rows run without padding
     [WEIGHT_DECAY]                 default weight decay
     [config(options, part, **keys)]   PEFT's configuration of it, where PEFT can load what it adds
     [SUMMARY, FORMULA, SOURCE]     what `hybridtune methods` prints
@@ -130,11 +131,10 @@ def options_of(method: Method, given: dict[str, Any]) -> BaseModel:
     Raises:
         RecipeError: an option is unknown or has a value it cannot have.
     """
-    _refuse_unknown(method, given)
-    try:
-        return method.Options(**given)
-    except ValidationError as error:
-        raise _mistake(method, error.errors()[0]) from None
+    made, mistakes = _tried(method, given)
+    if made is None:
+        raise _mistake(method, mistakes[0])
+    return made
 
 
 def check(rule: Rule) -> None:
@@ -145,14 +145,24 @@ def check(rule: Rule) -> None:
         RecipeError: an option is unknown or has a value it cannot have.
     """
     method = load(rule.method)
-    _refuse_unknown(method, rule.options)
+    _, mistakes = _tried(method, rule.options)
+    # The method's own validators may look at other options too, which an earlier stage may give.
+    alone = [one for one in mistakes if "error" not in one.get("ctx", {})]
+    if alone:
+        raise _mistake(method, alone[0])
+
+
+def _tried(method: Method, given: dict[str, Any]) -> tuple[BaseModel | None, list[Any]]:
+    """A method's options, or what pydantic says of them.
+
+    Raises:
+        RecipeError: an option is unknown.
+    """
+    _refuse_unknown(method, given)
     try:
-        method.Options(**rule.options)
+        return method.Options(**given), []
     except ValidationError as error:
-        # Its own validators may look at other options too, which an earlier stage may give.
-        alone = [one for one in error.errors() if "error" not in one.get("ctx", {})]
-        if alone:
-            raise _mistake(method, alone[0]) from None
+        return None, error.errors()
 
 
 def _refuse_unknown(method: Method, given: dict[str, Any]) -> None:
