@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -513,10 +514,12 @@ def test_a_second_adapter_in_one_block_is_refused() -> None:
         attach(model, "adapter", "layers")
 
 
-def test_default_rates_shrink_with_the_width() -> None:
+def test_default_rates_shrink_with_width_and_depth() -> None:
     parts = Anatomy(tiny.classifier("bert"))
     layers, head = parts.part("layers"), parts.part("head")
     full, bent, low_rank = (methods.load(name).learning_rate for name in ("full", "adapter", "lora"))
     assert full(layers, 384) == 3e-4 > full(layers, 768) > full(layers, 8192) == 1e-5
     assert full(head, 384) == full(head, 8192) == 1e-3
+    assert parts.part("layers[0].attention").depth == 3
+    assert full(replace(layers, depth=6), 384) == 3e-4 > full(replace(layers, depth=12), 384) == 1.5e-4
     assert low_rank(layers, 384) == bent(layers, 384) == 1e-3 > low_rank(layers, 768) > low_rank(layers, 1e5) == 1e-4
