@@ -15,6 +15,8 @@ from torch import nn
 from hybridtune.errors import RecipeError
 from hybridtune.train import HybridTrainer
 
+PER_TOKEN = True  # the hooks here count
+
 HEAD = {"part": "head", "method": "full"}
 METHODS: dict[str, list[dict[str, Any]]] = {
     "full": [{"part": "all", "method": "full"}],
