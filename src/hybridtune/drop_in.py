@@ -26,13 +26,6 @@ from .train import HybridTrainer
 from .tuned import Tuned, save_pretrained
 
 Trainer = HybridTrainer
-# Of a delta: what is not as it should be there is an error.
-LOADING_INFO: dict[str, Any] = {
-    "missing_keys": set(),
-    "unexpected_keys": set(),
-    "mismatched_keys": set(),
-    "error_msgs": [],
-}
 
 __all__ = ["AutoModelForSequenceClassification", "AutoTokenizer", "Trainer", "TrainingArguments"]
 
@@ -71,7 +64,8 @@ class AutoModelForSequenceClassification(transformers.AutoModelForSequenceClassi
         name, asked = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         if (Path(name) / MANIFEST).is_file():
             model = _tuned(Path(name), kwargs.get("dtype", kwargs.get("torch_dtype", "auto")))
-            return (model, dict(LOADING_INFO)) if asked else model
+            none = {key: set[str]() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+            return (model, {**none, "error_msgs": []}) if asked else model  # damage is an error
         model, info = super().from_pretrained(models.locate(str(name)), *args, output_loading_info=True, **kwargs)
         _bind(model)
         model._hybridtune_new = models.new_in(info)

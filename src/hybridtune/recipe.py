@@ -542,10 +542,12 @@ def _check(
     where: str = "",
 ) -> None:
     """Has every rule checked; see `read_strategy`."""
-    for number, stage in enumerate(strategy.stages if check else ()):
+    if check is None:
+        return
+    for number, stage in enumerate(strategy.stages):
         for n, rule in enumerate(stage.rules):
             try:
-                check(rule)  # type: ignore[misc]
+                check(rule)
             except UserError as error:
                 path = ("stages", number, "rules", n)
                 problem = ": ".join(filter(None, (name, ".".join(map(str, path)), error.said)))

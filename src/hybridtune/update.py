@@ -142,11 +142,11 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self._task is not None and "labels" not in batches[0]:
+        if batches and "labels" not in batches[0]:
             self._try_loss(batches[0])  # while a model's own names are there
-        if batches and self._task is not None and "labels" not in batches[0]:
-            batches = [self._task.with_labels(batch) for batch in batches]
-            items = self._get_num_items_in_batch(batches, device)
+            if self._task is not None:
+                batches = [self._task.with_labels(batch) for batch in batches]
+                items = self._get_num_items_in_batch(batches, device)
         rows = self._own_rows()
         if not batches or rows is None or not self._exact or not is_rows(batches[-1]):
             return batches, items
@@ -355,11 +355,12 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     def _try_on(self, rows: Any) -> None:
         """Tries what has not been tried yet. The loss comes first: whether a batch may be cut depends on it."""
-        self._try_loss(rows)
-        if self.vocabulary is None and rows.get("labels") is not None:
-            self._try_vocabulary(rows)
-        if self.engine is None:
-            self._try_engine(rows)
+        with alone(self.model):
+            self._try_loss(rows)
+            if self.vocabulary is None and rows.get("labels") is not None:
+                self._try_vocabulary(rows)
+            if self.engine is None:
+                self._try_engine(rows)
 
     def _try_loss(self, inputs: Any) -> None:
         """Goes back to Trainer's loss, and says so, where a model of a task's kind computes another than the task."""
@@ -367,7 +368,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         if self._tried_loss or task is None or not set(losses.LABELS) & set(inputs):
             return
         self._tried_loss = True
-        with self.compute_loss_context_manager(), self.accelerator.autocast():
+        with alone(self.model), self.compute_loss_context_manager(), self.accelerator.autocast():
             reason = losses.differs(self.model, task, self._prepare_inputs(dict(inputs)))
         if reason:
             self._take(None)

@@ -23,7 +23,7 @@ from .embedding import Tables
 from .frozen import Caches as Caches
 from .frozen import Frozen, Weights
 from .frozen import depth as lowest_trained
-from .patch import alone, in_evaluation
+from .patch import in_evaluation
 from .seam import Seam
 
 # Of logits and hidden states. In half precision roundings add up over the layers as a random walk, to a few of them; a
@@ -114,7 +114,7 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
     if hook:
         return replace(engine, reason=f"a hook would see rows without padding: {hook}")
     engine = replace(engine, seam=seam)
-    with alone(model), in_evaluation(model):
+    with in_evaluation(model):
         with torch.no_grad():
             ask = _question(model, seam, batch)
             padded = ask()

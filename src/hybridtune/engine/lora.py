@@ -78,30 +78,32 @@ def knows(module: nn.Module) -> TypeGuard[Linear]:
     return type(module) is Linear
 
 
-def _plain(layer: Linear) -> bool:
-    """Whether a layer is nothing more than the formula: no variant such as DoRA, no other adapter, no hook inside."""
+def _plain(layer: Linear, x: torch.Tensor) -> bool:
+    """Whether a layer is nothing more than the formula: no variant such as DoRA, no other adapter, no hook inside, one
+    x for A and W, and one type."""
     base, names = layer.base_layer, layer.active_adapters
     if type(base) is not nn.Linear or layer.merged or layer.disable_adapters or layer.fan_in_fan_out:
         return False
     if len(names) != 1 or names[0] not in layer.lora_A or layer.lora_variant:
         return False
+    dropout = layer.lora_dropout[names[0]]
+    if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p:
+        return False
     thin = (layer.lora_A[names[0]], layer.lora_B[names[0]])
+    mixed = {x.dtype, *(one.weight.dtype for one in (base, *thin))} != {x.dtype}
+    if mixed and autocast_type(x.device) is None:
+        return False
     hooked = any(one._forward_hooks or one._forward_pre_hooks for one in (base, *thin))
     trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
     return not hooked and not trained and all(one.bias is None for one in thin)
 
 
 def _forward(layer: Linear, own: Any, casts: Casts | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if args or kwargs or not _plain(layer):
+    if args or kwargs or not _plain(layer, x):
         result: torch.Tensor = own(x, *args, **kwargs)
         return result
     name, base, dtype = layer.active_adapters[0], layer.base_layer, autocast_type(x.device)
-    down, up, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_dropout[name]
-    drops = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p  # A sees another x than W
-    if drops or (dtype is None and not x.dtype == base.weight.dtype == down.dtype == up.dtype):
-        other: torch.Tensor = own(x)
-        return other
-    tensors = [x, base.weight, base.bias, down, up]
+    tensors = [x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight]
     if dtype is not None:
         tensors[1] = casts.weight(base, dtype) if casts else base.weight
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]

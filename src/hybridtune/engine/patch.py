@@ -24,7 +24,7 @@ def patch(module: nn.Module, name: str, value: Any, undo: ExitStack) -> None:
 
 
 def alone(model: nn.Module) -> threading.RLock:
-    """To be entered while a model is switched over, several times by the same thread: others that would do so wait."""
+    """To be entered by whoever opens or starts a model's engine, several times by a thread: other threads wait."""
     return _LOCKS.setdefault(model, threading.RLock())
 
 

@@ -29,7 +29,7 @@ from .casts import autocast_type
 from .decoder import MASK, hides, mask_of
 from .frozen import TRIED, Frozen, keys_of
 from .layout import Layout
-from .patch import alone, in_evaluation, patch
+from .patch import in_evaluation, patch
 
 
 class Seam:
@@ -61,7 +61,7 @@ class Seam:
 
         Where it is switched over already, as in a step that evaluates the model, it stays as it is.
         """
-        with alone(self.model), ExitStack() as undo:
+        with ExitStack() as undo:
             names = [config._attn_implementation for config in self._configs]
             if any(str(name).startswith(MARK) for name in names):
                 yield
