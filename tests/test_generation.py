@@ -158,7 +158,7 @@ def gradients(task: Task, model: Any, tokenizer: Any, items: Dataset, pieces: in
     batches = [task.collator(tokenizer)(rows[at : at + size]) for at in range(0, len(rows), size)]
     count = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     model.zero_grad()
-    assert (trainer.compute_loss_func == trainer._token_loss) == (how == "auto")
+    assert trainer._loss.chunked == (how == "auto")
     losses = [trainer.training_step(model, dict(batch), torch.tensor(count)) for batch in batches]
     return sum(map(float, losses)), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

@@ -381,11 +381,10 @@ def test_a_training_gives_the_same_with_it_and_without(name: str, rules: list[An
     stages = {"strategy": [Stage.model_validate({"rules": stage}) for stage in rules]} if rules else {}
     on, off = (trainer(MODELS[name](), tmp_path / asked, asked, **stages) for asked in ("auto", "off"))
     found, expected = losses(on), losses(off)
-    assert on.vocabulary is not None
-    assert on.vocabulary.on
+    assert on._loss.chunked
     assert on.engine is not None
     assert on.engine.on, "rows are packed in the layers, and the head sees them padded again"
-    assert off.vocabulary is None
+    assert not off._loss.chunked
     assert len(found) == 4 * max(len(rules), 1)
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -418,8 +417,8 @@ def test_where_it_cannot_be_on_the_run_says_so_and_trains_as_trainer_does(tmp_pa
     on = trainer(make(), tmp_path / "on")
     with pytest.warns(UserWarning, match="engine: logits of all tokens at once: its own loss is not the cross-entropy"):
         found = losses(on)
-    assert on.vocabulary is not None
-    assert not on.vocabulary.on
+    assert not on._loss.chunked
+    assert on._loss.reason
     torch.manual_seed(0)
     assert found == pytest.approx(losses(trainer(make(), tmp_path / "off", "off")), rel=1e-4)
 
@@ -457,5 +456,5 @@ def test_a_loss_of_the_users_own_stays(tmp_path: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         one = trainer(tiny.language_model("llama"), tmp_path, compute_loss_func=own)
         one.train()
-    assert one.vocabulary is None
+    assert not one._loss.chunked
     assert min(seen) > 0

@@ -1,4 +1,4 @@
-"""Whether a task's loss is the one that a model computes by itself.
+"""The loss of an update: Trainer's, or one of the whole global batch in its place, where a model computes the same.
 
 A model is known by the name of its class, and a class of that name may do something else with its labels: weigh them,
 smooth them, run them through a CRF. A few made-up labels show it.
@@ -6,19 +6,121 @@ smooth them, run them through a CRF. A few made-up labels show it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from .engine import proof
+from . import tasks
+from .engine import proof, vocabulary
+from .engine.decoder import complete, head_of
 from .engine.patch import in_evaluation
+from .engine.vocabulary import Vocabulary
 from .tasks import Task
 
 ROWS = 4
 WHOLE, ROUNDINGS = 1e-5, 4  # by which losses and their gradients may differ: see `proof.allowed`
 LABELS = ("labels", "start_positions", "end_positions")
 LOGITS = ("logits", "start_logits", "end_logits")
+
+
+class Loss:
+    """What is computed where a trainer is given a `compute_loss_func`, or none.
+
+    That of a task is; without one, the loss of the task that the model's class is named for, or of a language model
+    without all its logits, until a few rows show that the model's own is another. Else it is Trainer's business.
+
+    Args:
+        model: with all that is on it.
+        given: what the trainer was given.
+        chunks: whether the logits of some tokens at a time may be computed.
+        guess: whether another loss may stand for the model's own.
+
+    Attributes:
+        task: whose loss it is, where that is known.
+        chunked: whether it is computed without the logits of all tokens.
+        proven: whether `prove` has nothing more to try.
+        reason: why the model's own is used after all; "" where it is not, or was not to be replaced.
+    """
+
+    def __init__(self, model: nn.Module, given: Any, *, chunks: bool, guess: bool) -> None:
+        self.model, self.given = model, given
+        self.reason = ""
+        owner = getattr(given, "__self__", None)
+        self.task: Task | None = owner if isinstance(owner, Task) else None
+        guess = guess and given is None
+        if guess:
+            self.task = _task_of(model)
+        writes = guess if self.task is None else self.task.writes
+        self.chunked = chunks and writes and head_of(model) is not None
+        self._vocabulary: Vocabulary | None = None
+        self.proven = not self.chunked and not (guess and self.task)
+
+    @property
+    def function(self) -> Any:
+        """What Trainer is to call: its `compute_loss_func`."""
+        if self.chunked:
+            return self._in_chunks
+        return self.task.loss if self.task else self.given
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is a sum over rows, divided by the items of the global batch: rows can be cut from it."""
+        return self.chunked or self.task is not None
+
+    @property
+    def of_labels(self) -> bool:
+        """Whether it looks at labelled places alone: one of the user's own may look at all."""
+        return self.chunked or (self.task.writes if self.task else self.given is None)
+
+    def prove(self, batch: dict[str, Any]) -> str:
+        """Goes back to the task's or the model's own loss where a few rows show that it is another; says so and why.
+
+        Args:
+            batch: the user's rows with their labels, on the model's device.
+        """
+        self.proven = True
+        if self.chunked:
+            head = head_of(self.model)
+            assert head is not None
+            self._vocabulary = vocabulary.start(self.model, head, batch)
+            self.reason = self._vocabulary.reason
+            self.chunked = self._vocabulary.on
+            return f"logits of all tokens at once: {self.reason}" if self.reason else ""
+        assert self.task is not None
+        task, self.reason = self.task, differs(self.model, self.task, batch)
+        if not self.reason:
+            return ""
+        self.task = None
+        of = f"{task.name} over the whole batch"
+        return f"the model's own loss is used, as Trainer does, not that of {of}: {self.reason}"
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with labels as they are called here, and what a model would have made of them."""
+        if self.task is not None:
+            batch = self.task.with_labels(batch)
+        return complete(self.model, batch) if self.chunked or (self.task and self.task.writes) else batch
+
+    def open(self, labels: Any) -> AbstractContextManager[None]:
+        """For one forward without labels whose logits nobody wants."""
+        return self._vocabulary.open(labels) if self.chunked and self._vocabulary else nullcontext()
+
+    def _in_chunks(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        assert self._vocabulary is not None
+        return self._vocabulary.loss(outputs, labels, num_items_in_batch)
+
+
+def _task_of(model: nn.Module) -> Task | None:
+    """The task that a model's class is named for."""
+    found = tasks.for_model(model)
+    if found is None:
+        return None
+    task = found()
+    task.ready(model)
+    return task
 
 
 def differs(model: nn.Module, task: Task, batch: dict[str, Any]) -> str:

@@ -14,17 +14,16 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from . import engine, guard, heap, tasks
-from . import loss as losses
+from . import engine, guard, heap
 from . import stage as stages
-from .engine import Caches, Engine, decoder, proof, vocabulary
+from .engine import Caches, Engine, proof
 from .engine.batches import is_rows
 from .engine.casts import Casts
 from .engine.microbatch import by_length, by_tokens
 from .engine.noise import Noise
 from .engine.patch import alone
-from .engine.vocabulary import Vocabulary
 from .errors import HybridtuneWarning, RecipeError
+from .loss import LABELS, Loss
 
 
 class UpdateTrainer(Trainer):  # type: ignore[misc]
@@ -70,37 +69,33 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self._added: list[Any] = []  # those of them whose gradients are there
         self._update_loss = torch.tensor(0.0)
         self._logits_wanted = False
-        self._given_loss = self._taken_loss = self.compute_loss_func  # the user's, and what is computed in its place
+        self._chosen_loss: Loss | None = None
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         """Nothing has been tried on the model as it is now, with the weights that are trained now."""
         self.engine: Engine | None = None
-        self.vocabulary: Vocabulary | None = None
-        self._tried_on_data = self._tried_loss = False
-        if self.compute_loss_func != self._taken_loss:  # assigned since
-            self._given_loss = self.compute_loss_func
-        self._take(self._better_loss() or self._given_loss)
+        self._tried_on_data = False
+        self._choose_loss()
         # Of frozen weights. DataParallel's replicas have weights of their own, and compiled code its own casts.
         self._casts = Casts(self.model) if self.accelerator.native_amp and not self._sharded else None
 
-    def _take(self, loss: Any) -> None:
-        self.compute_loss_func = self._taken_loss = loss
-
-    def _better_loss(self) -> Any:
-        """The exact loss of the global batch, or the same without all logits, in place of Trainer's or a task's."""
-        if self._computes_its_own:
-            return None
-        if self._whole_loss is not None:
-            return self._loss_in_chunks()
-        if self._given_loss is not None or self.label_smoother is not None:
-            return None
-        return _exact_loss(self.model) or self._loss_in_chunks()
-
     @property
-    def _whole_loss(self) -> Any:
-        """The loss of a task that writes, which is used where it cannot be computed in chunks."""
-        return self._given_loss if getattr(getattr(self._given_loss, "__self__", None), "writes", False) else None
+    def _loss(self) -> Loss:
+        """What `compute_loss_func` is now, whoever has assigned it."""
+        chosen = self._chosen_loss
+        return chosen if chosen and self.compute_loss_func == chosen.function else self._choose_loss()
+
+    def _choose_loss(self) -> Loss:
+        """Puts what is computed in the place of what was given."""
+        chosen, given = self._chosen_loss, self.compute_loss_func
+        if chosen and given == chosen.function:
+            given = chosen.given
+        ours = not self._computes_its_own
+        chunks = ours and not self._sharded and self._engine_asked == "auto"
+        chosen = Loss(self.model, given, chunks=chunks, guess=ours and self.label_smoother is None)
+        self._chosen_loss, self.compute_loss_func = chosen, chosen.function
+        return chosen
 
     @property
     def _computes_its_own(self) -> bool:
@@ -144,8 +139,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and "labels" not in batches[0]:
             self._try_loss(batches[0])  # while a model's own names are there
-            if self._task is not None:
-                batches = [self._task.with_labels(batch) for batch in batches]
+            if self._loss.task is not None:
+                batches = [self._loss.task.with_labels(batch) for batch in batches]
                 items = self._get_num_items_in_batch(batches, device)
         rows = self._own_rows()
         if not batches or rows is None or not self._exact or not is_rows(batches[-1]):
@@ -158,8 +153,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
         """Trainer's, as the task counts."""
-        if self._task is not None and batch_samples and "labels" in batch_samples[0]:
-            counted = self._task.counted
+        if self._loss.task is not None and batch_samples and "labels" in batch_samples[0]:
+            counted = self._loss.task.counted
             batch_samples = [{**batch, "labels": counted(batch["labels"])} for batch in batch_samples]
         items: torch.Tensor | int | None = super()._get_num_items_in_batch(batch_samples, device)
         return items
@@ -261,7 +256,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         """
         if self.max_tokens_per_micro_batch is None or possible:
             return
-        reason = self.vocabulary.reason if self.vocabulary else ""
+        reason = self._loss.reason
         raise RecipeError(
             "max_tokens_per_micro_batch: a batch can only be cut where its loss is a sum that hybridtune knows",
             found=f"the model's own loss ({reason})" if reason else "another loss (your own, or Trainer's)",
@@ -276,23 +271,15 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Trainer's; a language model's head is run on labelled tokens alone, unless somebody wants its logits."""
-        if self.vocabulary is None:  # outside of a step
-            self._try_vocabulary(inputs)
-        if self._task is not None:
-            inputs = self._task.with_labels(inputs)
-        if self._whole_loss is not None and self.compute_loss_func == self._whole_loss:
-            inputs = decoder.complete(self.model, inputs)
-        if self.vocabulary is None or self.compute_loss_func != self._token_loss:
-            with self._scoring(inputs):
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = decoder.complete(self.model, inputs)
-        with self._scoring(inputs), nullcontext() if self._logits_wanted else self.vocabulary.open(inputs["labels"]):
+        if not self._loss.proven:  # outside of a step
+            self._try_loss(inputs)
+        inputs = self._loss.inputs(inputs)
+        with self._scoring(inputs), nullcontext() if self._logits_wanted else self._loss.open(inputs.get("labels")):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _scoring(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Tells the engine which labels the loss is about; a loss of the user's own may look at all places."""
-        ours = self.compute_loss_func in (None, self._token_loss, self._whole_loss)
-        return self.engine.scoring(inputs.get("labels")) if self.engine and ours else nullcontext()
+        """Tells the engine which labels the loss is about."""
+        return self.engine.scoring(inputs.get("labels")) if self.engine and self._loss.of_labels else nullcontext()
 
     def prediction_step(
         self,
@@ -356,43 +343,21 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
     def _try_on(self, rows: Any) -> None:
         """Tries what has not been tried yet. The loss comes first: whether a batch may be cut depends on it."""
         with alone(self.model):
-            self._try_loss(rows)
-            if self.vocabulary is None and rows.get("labels") is not None:
-                self._try_vocabulary(rows)
+            if any(rows.get(name) is not None for name in LABELS):
+                self._try_loss(rows)
             if self.engine is None:
                 self._try_engine(rows)
 
     def _try_loss(self, inputs: Any) -> None:
-        """Goes back to Trainer's loss, and says so, where a model of a task's kind computes another than the task."""
-        task = None if self._given_loss is not None or self._sharded in ("FSDP", "DeepSpeed") else self._task
-        if self._tried_loss or task is None or not set(losses.LABELS) & set(inputs):
+        """Has a few rows show whether a loss that was not asked for is the model's own."""
+        loss = self._loss
+        if loss.proven or self._sharded in ("FSDP", "DeepSpeed"):
             return
-        self._tried_loss = True
         with alone(self.model), self.compute_loss_context_manager(), self.accelerator.autocast():
-            reason = losses.differs(self.model, task, self._prepare_inputs(dict(inputs)))
-        if reason:
-            self._take(None)
-            warnings.warn(
-                f"engine: the model's own loss is used, as Trainer does, not that of {task.name} over the whole batch: "
-                f"{reason}",
-                category=HybridtuneWarning,
-                stacklevel=2,
-            )
-
-    def _try_vocabulary(self, inputs: Any) -> None:
-        """Goes back to Trainer's loss (or the task's), and says so, where a few rows show that a model's is another."""
-        head = decoder.head_of(self.model) if self.compute_loss_func == self._token_loss else None
-        if head is None:
-            return
-        with self.compute_loss_context_manager(), self.accelerator.autocast():
-            self.vocabulary = vocabulary.start(self.model, head, self._prepare_inputs(dict(inputs)))
-        if not self.vocabulary.on:
-            self._take(self._whole_loss)
-            warnings.warn(
-                f"engine: logits of all tokens at once: {self.vocabulary.reason}",
-                category=HybridtuneWarning,
-                stacklevel=2,
-            )
+            said = loss.prove(self._prepare_inputs(dict(inputs)))
+        self.compute_loss_func = loss.function
+        if said:
+            warnings.warn(f"engine: {said}", category=HybridtuneWarning, stacklevel=2)
 
     def _try_engine(self, inputs: Any) -> None:
         """Has a few rows of different lengths show whether the model can run without padding."""
@@ -417,27 +382,9 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
             warnings.warn(f"engine: {self.engine}", HybridtuneWarning, stacklevel=2)
 
     @property
-    def _task(self) -> tasks.Task | None:
-        """The task whose loss is computed."""
-        task = getattr(self.compute_loss_func, "__self__", None)
-        return task if isinstance(task, tasks.Task) else None
-
-    @property
     def _exact(self) -> bool:
-        """Whether the loss is ours: a sum over rows, over the items of the global batch. Rows can be cut from it."""
-        ours = self.compute_loss_func == self._token_loss or self._task is not None
-        return ours and not self._computes_its_own
-
-    def _loss_in_chunks(self) -> Any:
-        """The loss of language models, until a batch shows that a model's own differs; None where it cannot be."""
-        possible = not self._sharded and self._engine_asked == "auto" and decoder.head_of(self.model) is not None
-        return self._token_loss if possible else None
-
-    def _token_loss(
-        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        assert self.vocabulary is not None
-        return self.vocabulary.loss(outputs, labels, num_items_in_batch)
+        """Whether rows can be cut from a batch and computed apart."""
+        return self._loss.exact and not self._computes_its_own
 
     @property
     def _sharded(self) -> str:
@@ -481,13 +428,3 @@ def _refuse_odd(engine: Any, limit: Any) -> None:
         raise RecipeError(
             "max_tokens_per_micro_batch: is no number of tokens", found=repr(limit), expected="a whole number above 0"
         )
-
-
-def _exact_loss(model: nn.Module) -> Any:
-    """The loss of the whole global batch for a model whose task we know, or None: Trainer's own."""
-    found = tasks.for_model(model)
-    if found is None:
-        return None
-    task = found()
-    task.ready(model)
-    return task.loss
