@@ -1,4 +1,4 @@
-"""Memory of this process that is free: given back to the system, or kept by the process for a while.
+"""Memory of this process that is free: given back to the system, kept by the process for a while, or not yet there.
 
 glibc gives what is free at the heap's end, and every block of more than 32 MiB, back to the system at once. A step of a
 packed batch ends with little in memory, and the next one begins with pages that the system has to clear: with hidden
@@ -8,6 +8,7 @@ states of a BERT-base's size that is a good part of its time.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import threading
@@ -57,6 +58,16 @@ def give_back() -> None:
     """Gives pages that hold nothing back to the system."""
     if _library:
         _library.malloc_trim(0)
+
+
+def zeros(size: int) -> mmap.mmap:
+    """So many bytes, which take memory only where something is written to them, a page of 4 KiB at a time."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    made = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        made.madvise(mmap.MADV_NOHUGEPAGE)
+    return made
 
 
 def _count(more: int) -> None:

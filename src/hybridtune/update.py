@@ -17,8 +17,10 @@ from transformers.trainer_utils import TrainOutput
 from . import engine, guard, heap
 from . import stage as stages
 from .engine import Caches, Engine, proof
+from .engine.adamw import AdamW
 from .engine.batches import is_rows
 from .engine.casts import Casts
+from .engine.embedding import Tables
 from .engine.microbatch import by_length, by_tokens
 from .engine.noise import Noise
 from .engine.patch import alone
@@ -37,8 +39,9 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         *args: as Trainer takes them.
         engine: "auto" runs rows without padding, and a language model's head on labelled tokens alone, where the model
             proves to give the same so; with a strategy, layers below all that is trained run once a row. On a CPU
-            embedding tables get their gradients from `backward` alone, not from `torch.autograd.grad`. "off" does as
-            Trainer does.
+            embedding tables get their gradients from `backward` alone, not from `torch.autograd.grad`, and AdamW
+            leaves rows alone that never had any; what is written to gradients through `.data` is not seen. "off"
+            does as Trainer does.
         caches: what frozen layers give, kept beyond this training for others on the same data.
         max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time. The batch
             of an update, and its loss, stay what they are.
@@ -47,6 +50,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     args: TrainingArguments
     compute_loss_func: Any
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
 
     def __init__(
         self,
@@ -108,11 +112,55 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         with heap.kept() if fast else nullcontext():
             return super().train(*args, **kwargs)
 
+    def _optimizer_choice(self) -> tuple[Any, dict[str, Any]]:
+        """The class of the optimizer and what it is made with: Trainer's, AdamW on a CPU by rows of tables."""
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        found, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        by_rows = found is torch.optim.AdamW and self._engine_asked == "auto" and self.args.device.type == "cpu"
+        return (AdamW, {**options, "rows": self._rows}) if by_rows and not self._sharded else (found, options)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's; AdamW on a CPU by rows of tables."""
+        given = self.optimizer_cls_and_kwargs
+        if self.optimizer is None:
+            self.optimizer_cls_and_kwargs = self._optimizer_choice()
+        try:
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        return made
+
+    @property
+    def _tables(self) -> Tables | None:
+        """The embedding tables whose gradients are added by rows."""
+        return self.engine.tables if self.engine else None
+
+    def _rows(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """The rows of a parameter that have a gradient, where this is known."""
+        return self._tables.rows(parameter) if self._tables else None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's; of tables only the rows that have a gradient."""
+        if self._tables is None:
+            return super()._clip_grad_norm(model)
+        return self._clipped(self._tables, model, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's; of tables only the rows that have a gradient."""
+        if grad_norm is None and self._tables is not None:
+            grad_norm = self._clipped(self._tables, model, float("inf"))
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _clipped(self, tables: Tables, model: nn.Module, most: float) -> Any:
+        with tables.compact(model.parameters()) as parameters:
+            return self.accelerator.clip_grad_norm_(parameters, most)
+
     def _let_go(self) -> None:
         """Gives back what was kept in memory for a training."""
         self._casts = None
-        if self.engine and self.engine.tables:
-            self.engine.tables.forget()
+        if self._tables:
+            self._tables.forget()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Trainer's, after engine and loss have been tried."""

@@ -4,13 +4,15 @@
 
 A batch has a few thousand tokens, a table up to a quarter of a million rows. Autograd makes a table of zeros in every
 backward, writes the rows into it, and adds it to what there is or gives it back after the update; the pages of memory
-alone that are new each time cost a tenth of a step of a model of 30,000 tokens.
+alone that are new each time cost a tenth of a step of a model of 30,000 tokens. Which rows have a gradient is known
+then, too: only these are cleared, clipped and, with all that ever had one, changed (see `adamw`).
 """
 
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .. import heap
 from .patch import patch
 
 _EXACT = 4  # bytes of a number: sums of many rows would stop growing in fewer
@@ -38,6 +41,8 @@ class Tables:
     def __init__(self, model: nn.Module) -> None:
         self._modules: list[Any] = [module for module in model.modules() if _plain(module)]
         self._memory: dict[nn.Parameter, torch.Tensor] = {}
+        self._touched: dict[nn.Parameter, list[torch.Tensor]] = {}  # rows that have been added to
+        self._version: dict[nn.Parameter, int] = {}  # of the gradient, when that was done
 
     def open(self, undo: ExitStack) -> None:
         """Has those that are trained look rows up so, until `undo` is closed."""
@@ -51,26 +56,80 @@ class Tables:
 
     def forget(self) -> None:
         """Gives the memory back."""
-        self._memory.clear()
+        for kept in (self._memory, self._touched, self._version):
+            kept.clear()
 
-    def gradient(self, weight: nn.Parameter) -> torch.Tensor:
-        """What is added to: the gradient that is there, or zeros."""
+    def rows(self, weight: nn.Parameter) -> torch.Tensor | None:
+        """The rows of a table outside of which its gradient is zero, ascending; None where somebody else wrote to it.
+
+        What is written past torch's count of changes, through `.data`, is not seen.
+        """
+        kept = self._memory.get(weight)
+        if kept is None or weight.grad is not kept or kept._version != self._version[weight]:
+            return None
+        return self._rows(weight)
+
+    def _rows(self, weight: nn.Parameter) -> torch.Tensor:
+        rows: torch.Tensor = torch.cat(self._touched[weight]).unique()  # type: ignore[no-untyped-call]
+        return rows
+
+    @contextmanager
+    def compact(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
+        """Parameters for what looks at all gradients: of a table stand there those of its rows that have one.
+
+        What becomes of these becomes of the table's.
+        """
+        given, apart = list[torch.Tensor](), []
+        for weight in parameters:
+            rows, table = self.rows(weight), weight.grad
+            if rows is None or table is None:
+                given.append(weight)
+                continue
+            found = table.index_select(0, rows)
+            given.append(torch.empty_like(found))
+            given[-1].grad = found
+            apart.append((weight, table, rows, found))
+        yield given
+        for weight, table, rows, found in apart:
+            table.index_copy_(0, rows, found)
+            self._version[weight] = table._version
+
+    def add(self, weight: nn.Parameter, ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """Adds to the gradient that is there, or to zeros.
+
+        Args:
+            weight: the table.
+            ids: [places] the rows of the table that are added to.
+            rows: [places, width] what is added.
+        """
         if weight.grad is None:
             weight.grad = self._zeros(weight)
-        self._memory[weight] = weight.grad
-        return weight.grad
+            self._touched[weight] = []
+        elif self.rows(weight) is None:
+            self._touched[weight] = [torch.arange(len(weight))]
+        table = self._memory[weight] = weight.grad
+        table.index_add_(0, ids, rows.to(table.dtype))
+        self._touched[weight].append(ids)
+        self._version[weight] = table._version
 
     def _zeros(self, weight: nn.Parameter) -> torch.Tensor:
-        kept = self._memory.pop(weight, None)
+        kept, version = self._memory.pop(weight, None), self._version.get(weight)
         if kept is not None and (kept.shape, kept.dtype, kept.device) == (weight.shape, weight.dtype, weight.device):
             held = torch._C._storage_Use_Count(kept.untyped_storage()._cdata)  # by a view, say
             if sys.getrefcount(kept) == held == _OURS:
-                return kept.zero_()
-        return torch.zeros_like(weight, requires_grad=False)
+                by_rows = kept._version == version
+                return kept.index_fill_(0, self._rows(weight), 0) if by_rows else kept.zero_()
+        return zeros_like(weight)
 
     def _look_up(self, module: Any, input: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = _Rows.apply(input, module.weight, module.padding_idx, self)  # type: ignore[no-untyped-call]
         return rows
+
+
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros that take memory only where something else is written; torch's own are all written at once."""
+    flat = torch.frombuffer(heap.zeros(tensor.nbytes), dtype=tensor.dtype)
+    return flat.resize_(tensor.shape)  # a view would hold a second tensor
 
 
 def _plain(module: nn.Module) -> bool:
@@ -95,6 +154,5 @@ class _Rows(torch.autograd.Function):
             real = ids != ctx.padding
             if not real.all():
                 ids, rows = ids[real], rows[real]
-        table = ctx.tables.gradient(ctx.weight)
-        table.index_add_(0, ids, rows.to(table.dtype))
+        ctx.tables.add(ctx.weight, ids, rows)
         return None, None, None, None
