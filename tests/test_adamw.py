@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -245,3 +247,103 @@ def test_it_is_torchs_own_where_nobody_wants_ours(tmp_path: Path) -> None:
     given = (torch.optim.AdamW, {"lr": 1e-3})
     own = train(HybridTrainer, tmp_path, bert(), steps=1, optimizer_cls_and_kwargs=given)
     assert type(own.optimizer.optimizer) is torch.optim.AdamW
+
+
+def tie_by_data(model: Model) -> None:
+    """As old code does: two parameters in the same memory."""
+    model.second = nn.Embedding(ROWS, WIDTH)
+    model.second.weight.data = model.table.weight.data
+
+
+def test_tables_that_share_memory_are_stepped_over_whole() -> None:
+    ours, torchs, *_ = pair()
+    for model in (ours, torchs):
+        tie_by_data(model)
+        model.forward = lambda ids, model=model: model.head(model.table(ids).tanh() + model.second(ids + 9).sin())
+    tables = Tables(ours)
+    optimizer = AdamW(ours.parameters(), rows=tables.rows, lr=1e-2)
+    expected = torch.optim.AdamW(torchs.parameters(), lr=1e-2)
+    for ids in batches(6):
+        step(ours, ids, optimizer, tables)
+        step(torchs, ids, expected)
+    torch.testing.assert_close(ours.table.weight, torchs.table.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_table_whose_numbers_lie_another_way(fused: bool) -> None:
+    ours, torchs, *_ = pair()
+    turned = torch.randn(WIDTH, ROWS)
+    for model in (ours, torchs):
+        model.table.weight = nn.Parameter(turned.clone().t())
+    tables = Tables(ours)
+    optimizer = AdamW(ours.parameters(), rows=tables.rows, lr=1e-2, fused=fused)
+    expected = torch.optim.AdamW(torchs.parameters(), lr=1e-2, fused=fused)
+    for ids in batches(9, words=ROWS - 9):
+        step(ours, ids, optimizer, tables)
+        step(torchs, ids, expected)
+    torch.testing.assert_close(ours.table.weight, torchs.table.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_one_buffer_for_all_batches() -> None:
+    ours, torchs, optimizer, expected, tables = pair()
+    buffer = torch.zeros(5, 7, dtype=torch.long)
+    for ids in batches(6):
+        with ExitStack() as undo:
+            tables.open(undo)
+            ours(buffer.copy_(ids)).square().mean().backward()
+        buffer.zero_()
+        optimizer.step()
+        optimizer.zero_grad()
+        torchs(ids).square().mean().backward()
+        expected.step()
+        expected.zero_grad()
+    assert_equal(optimizer, expected)
+
+
+def test_what_an_interrupted_step_has_left_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, torchs, optimizer, expected, tables = pair(weight_decay=0.1)
+    first, *rest = batches(4)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["torch.optim.adam"], "adam", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(ours, first, optimizer, tables)
+    optimizer.zero_grad()
+    for ids in rest:
+        step(ours, ids, optimizer, tables)
+        step(torchs, ids, expected)
+    torch.testing.assert_close(ours.table.weight, torchs.table.weight, rtol=1e-5, atol=1e-7)
+
+
+def interrupt(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_states_that_are_given_up_are_freed() -> None:
+    ours, _, optimizer, _, tables = pair()
+    step(ours, next(batches(1)), optimizer, tables)
+    table = ours.table.weight
+    first = weakref.ref(optimizer.state[table]["exp_avg"])
+    optimizer.state.pop(table)
+    assert first() is None
+
+
+class Old(torch.optim.SGD):
+    """Adds weight decay to gradients past torch's count of changes, as torch's own once did."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for one in group["params"]:
+                if one.grad is not None:
+                    gradient = one.grad.data
+                    gradient.add_(one.data, alpha=0.1)
+                    one.data.add_(gradient, alpha=-group["lr"])
+
+
+def test_an_optimizer_of_the_users_own_may_write_to_gradients(tmp_path: Path) -> None:
+    expected, found = bert(), bert()
+    for kind, model in ((hf.Trainer, expected), (HybridTrainer, found)):
+        optimizer = Old(model.parameters(), lr=0.1)
+        train(kind, tmp_path, model, accumulation=1, optimizers=(optimizer, None))
+    for (name, one), other in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other[1], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -55,14 +55,14 @@ def test_memory_is_kept_and_zeroed_between_updates_and_added_to_within_one() -> 
             backward(table, lambda ids=ids, outer=outer: (table(ids) * outer).sum(), tables)
             (plain(ids) * outer).sum().backward()
             assert torch.allclose(table.weight.grad, plain.weight.grad, atol=1e-6)
-        kept.append(tables._memory[table.weight].data_ptr())
+        kept.append(tables._kept[table.weight].tensor.data_ptr())
         for one in (table, plain):
             one.weight.grad.mul_(0.5)  # as clipping does
             one.zero_grad()
         assert table.weight.grad is None
     assert len(set(kept)) == 1  # it was never given back in between
     tables.forget()
-    assert not tables._memory
+    assert not tables._kept
 
 
 @pytest.mark.parametrize("hold", [lambda one: one, lambda one: one.detach(), lambda one: one[3:]])
@@ -85,7 +85,7 @@ def test_what_rests_keeps_no_memory() -> None:
     table.zero_grad()
     table.weight.requires_grad_(False)
     assert not patched(table, tables)
-    assert not tables._memory
+    assert not tables._kept
 
 
 def models() -> dict[str, Callable[[], Any]]:

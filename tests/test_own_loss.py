@@ -268,3 +268,46 @@ def test_a_number_that_is_minus_100_is_one(odd: int, tmp_path: Path) -> None:
         _, expected = trained(hf.Trainer, tiny.classifier("bert", num_labels=1, **NO_DROPOUT), tmp_path, rows)
         _, found = trained(HybridTrainer, tiny.classifier("bert", num_labels=1, **NO_DROPOUT), tmp_path, rows)
     assert_same(found, expected)
+
+
+class LaterForSequenceClassification(hf.BertForSequenceClassification):
+    """Weighs classes as its config says."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        if labels is not None:
+            weights = torch.tensor([1.0, getattr(self.config, "second", 1.0)])
+            summed = functional.cross_entropy(output.logits, labels, weight=weights, reduction="sum")
+            output["loss"] = summed / len(labels)
+        return output
+
+
+def test_what_a_model_init_makes_is_tried_anew(tmp_path: Path) -> None:
+    """Trainer makes a model when it is made itself, and another one when it trains."""
+
+    def trainer(kind: type) -> Any:
+        made = []
+
+        def init() -> Any:
+            config = tiny.classifier("bert", **NO_DROPOUT).config
+            config.second = 9.0 if made else 1.0
+            torch.manual_seed(0)
+            made.append(LaterForSequenceClassification(config))
+            return made[-1]
+
+        arguments = hf.TrainingArguments(
+            str(tmp_path), use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", seed=0, max_steps=2,
+            logging_steps=1,
+        )  # fmt: skip
+        collator = hf.DataCollatorWithPadding(tiny.tokenizer())
+        one = kind(None, arguments, train_dataset=tiny.rows(16), data_collator=collator, model_init=init)
+        one.remove_callback(hf.PrinterCallback)
+        return one
+
+    expected = trainer(hf.Trainer)
+    expected.train()
+    found = trainer(HybridTrainer)
+    with pytest.warns(UserWarning, match="the model's own loss is used"):
+        found.train()
+    for one, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+
 # mallopt's names for its parameters, <malloc.h>
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 KEEP = {TRIM_THRESHOLD: -1, MMAP_MAX: 0}
@@ -60,14 +62,19 @@ def give_back() -> None:
         _library.malloc_trim(0)
 
 
-def zeros(size: int) -> mmap.mmap:
-    """So many bytes, which take memory only where something is written to them, a page of 4 KiB at a time."""
+def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros that take memory only where something else is written, a page of 4 KiB at a time; torch's take it at once.
+
+    Args:
+        tensor: contiguous, on the CPU, of one number at least.
+    """
     if sys.platform == "win32":
-        return mmap.mmap(-1, size)
-    made = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        made.madvise(mmap.MADV_NOHUGEPAGE)
-    return made
+        made = mmap.mmap(-1, tensor.nbytes)
+    else:
+        made = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            made.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(made, dtype=tensor.dtype).resize_(tensor.shape)  # a view would hold a second tensor
 
 
 def _count(more: int) -> None:

@@ -80,16 +80,15 @@ class Loss:
         Args:
             batch: the user's rows with their labels, on the model's device.
         """
-        self.proven = True
         if self.chunked:
             head = head_of(self.model)
             assert head is not None
             self._vocabulary = vocabulary.start(self.model, head, batch)
-            self.reason = self._vocabulary.reason
-            self.chunked = self._vocabulary.on
+            self.reason, self.chunked, self.proven = self._vocabulary.reason, self._vocabulary.on, True
             return f"logits of all tokens at once: {self.reason}" if self.reason else ""
         assert self.task is not None
         task, self.reason = self.task, differs(self.model, self.task, batch)
+        self.proven = True
         if not self.reason:
             return ""
         self.task = None
@@ -158,7 +157,10 @@ def differs(model: nn.Module, task: Task, batch: dict[str, Any]) -> str:
     without = type(output)({name: value for name, value in output.items() if name != "loss"})
     logits = [output[name] for name in LOGITS if name in output and output[name].requires_grad]
     try:
-        ours = task.loss(without, task.with_labels(rows)["labels"])
+        labels = task.with_labels(rows).get("labels")
+        if labels is None:
+            return "its labels are called otherwise"
+        ours = task.loss(without, labels)
         compared = [("the loss", ours, own)]
         if logits and own.requires_grad:
             at_logits = zip(_gradients(ours, logits), _gradients(own, logits), strict=True)

@@ -40,8 +40,8 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         engine: "auto" runs rows without padding, and a language model's head on labelled tokens alone, where the model
             proves to give the same so; with a strategy, layers below all that is trained run once a row. On a CPU
             embedding tables get their gradients from `backward` alone, not from `torch.autograd.grad`, and AdamW
-            leaves rows alone that never had any; what is written to gradients through `.data` is not seen. "off"
-            does as Trainer does.
+            leaves rows alone that never had any; what is written to the gradients of other rows through `.data` is
+            not seen, and stays. "off" does as Trainer does.
         caches: what frozen layers give, kept beyond this training for others on the same data.
         max_tokens_per_micro_batch: how many tokens of a batch, padding not counted, are computed at a time. The batch
             of an update, and its loss, stay what they are.
@@ -50,7 +50,6 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     args: TrainingArguments
     compute_loss_func: Any
-    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
 
     def __init__(
         self,
@@ -101,6 +100,14 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self._chosen_loss, self.compute_loss_func = chosen, chosen.function
         return chosen
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Trainer's; on another model nothing has been tried."""
+        made = super().call_model_init(trial)
+        if "_chosen_loss" in vars(self):  # Trainer itself is made with a first one
+            self.model = made
+            self._begin_anew()
+        return made
+
     @property
     def _computes_its_own(self) -> bool:
         """Whether `compute_loss` is a user's: what that gives of two parts of a batch may not be of the whole."""
@@ -112,24 +119,13 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         with heap.kept() if fast else nullcontext():
             return super().train(*args, **kwargs)
 
-    def _optimizer_choice(self) -> tuple[Any, dict[str, Any]]:
-        """The class of the optimizer and what it is made with: Trainer's, AdamW on a CPU by rows of tables."""
-        if self.optimizer_cls_and_kwargs is not None:
-            return self.optimizer_cls_and_kwargs
-        found, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        by_rows = found is torch.optim.AdamW and self._engine_asked == "auto" and self.args.device.type == "cpu"
-        return (AdamW, {**options, "rows": self._rows}) if by_rows and not self._sharded else (found, options)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def get_optimizer_cls_and_kwargs(  # Trainer calls its static one through the instance
+        self, args: TrainingArguments, model: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Trainer's; AdamW on a CPU by rows of tables."""
-        given = self.optimizer_cls_and_kwargs
-        if self.optimizer is None:
-            self.optimizer_cls_and_kwargs = self._optimizer_choice()
-        try:
-            made: torch.optim.Optimizer = super().create_optimizer(model)
-        finally:
-            self.optimizer_cls_and_kwargs = given
-        return made
+        found, options = super().get_optimizer_cls_and_kwargs(args, model)
+        by_rows = found is torch.optim.AdamW and self._engine_asked == "auto" and args.device.type == "cpu"
+        return (AdamW, {**options, "rows": self._rows}) if by_rows and not self._sharded else (found, options)
 
     @property
     def _tables(self) -> Tables | None:

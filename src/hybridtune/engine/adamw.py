@@ -9,12 +9,13 @@ Weights, states and checkpoints are those of torch.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .embedding import zeros_like
+from .. import heap
 
 SHARE = 1 / 3  # of a table's rows, up to which gathering them and putting them back pays
 
@@ -33,8 +34,10 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, *args: Any, rows: Rows, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._rows = rows
-        self._live: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}  # the first moments, and which rows have some
+        self._live: dict[Any, tuple[Any, torch.Tensor]] = {}  # the first moments, weakly, and which rows have some
         self._apart: list[Callable[[], None]] = []
+        # not by overriding `step`, which torch wraps in every class: a user's hooks would be called twice
+        self.register_step_pre_hook(lambda *_: self._apart.clear())  # of a step that was interrupted
         self.register_step_post_hook(lambda *_: self._put_back())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -54,25 +57,37 @@ class AdamW(torch.optim.AdamW):
 
     def _of(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor | None:
         """The rows that a step has to look at; None: the whole."""
+        touched = self._rows(parameter)
+        if touched is None or self._is_shared(parameter):
+            self._live.pop(parameter, None)  # all rows may have moments after this
+            return None
         if group["amsgrad"] or group["differentiable"] or getattr(self, "found_inf", None) is not None:
             return None
-        touched = self._rows(parameter)
-        if touched is None:
-            self._live.pop(parameter, None)
-            return None
-        state = self.state[parameter]
-        if not state:
-            step = torch.zeros((), dtype=torch.float32)
-            state |= {"step": step, "exp_avg": zeros_like(parameter), "exp_avg_sq": zeros_like(parameter)}
-            self._live[parameter] = state["exp_avg"], torch.zeros(len(parameter), dtype=torch.bool)
-        first, live = self._live.get(parameter, (None, None))
-        if first is not state["exp_avg"]:  # those of a checkpoint, or of steps over the whole
-            live = state["exp_avg"].any(1) | state["exp_avg_sq"].any(1)
-            self._live[parameter] = state["exp_avg"], live
-        assert live is not None
+        live = self._live_rows(parameter)
         live[touched] = True
         rows = live.nonzero().squeeze(1)
         return rows if len(rows) <= SHARE * len(live) else None
+
+    def _is_shared(self, parameter: torch.Tensor) -> bool:
+        """Whether another parameter lies in the same memory, tied through `.data`: its step would be undone."""
+        place = parameter.untyped_storage().data_ptr()
+        everyone = (one for group in self.param_groups for one in group["params"])
+        return any(one is not parameter and one.untyped_storage().data_ptr() == place for one in everyone)
+
+    def _live_rows(self, parameter: torch.Tensor) -> torch.Tensor:
+        """[rows] which of them have moments other than zero, so far; these are made where there are none."""
+        state = self.state[parameter]
+        if not state:
+            step = torch.zeros((), dtype=torch.float32)
+            state |= {"step": step, "exp_avg": heap.zeros_like(parameter), "exp_avg_sq": heap.zeros_like(parameter)}
+            found = torch.zeros(len(parameter), dtype=torch.bool)
+        else:
+            of, found = self._live.get(parameter, (None, torch.empty(0)))
+            if of is not None and of() is state["exp_avg"]:
+                return found
+            found = state["exp_avg"].any(1) | state["exp_avg_sq"].any(1)  # of a checkpoint, or of steps over the whole
+        self._live[parameter] = weakref.ref(state["exp_avg"]), found
+        return found
 
     def _take_apart(
         self, at: int, rows: torch.Tensor, group: dict[str, Any], parameters: list[torch.Tensor], *lists: list[Any]
@@ -96,4 +111,4 @@ class AdamW(torch.optim.AdamW):
     def _put_back(self) -> None:
         for put_back in self._apart:
             put_back()
-        self._apart = []
+        self._apart.clear()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,11 +29,40 @@ _EXACT = 4  # bytes of a number: sums of many rows would stop growing in fewer
 _OURS = 2  # references to a tensor and to its storage that nobody else holds, with those of the question itself
 
 
+@dataclass
+class _Gradient:
+    """A table's gradient, as it was left.
+
+    Attributes:
+        tensor: zero but in some rows.
+        rows: these, in pieces; an empty list: none.
+        version: torch's count of changes to it.
+        clean: since then an optimizer has looked at it that writes nothing to it.
+    """
+
+    tensor: torch.Tensor
+    rows: list[torch.Tensor]
+    version: int
+    clean: bool = False
+
+    def is_of(self, weight: nn.Parameter) -> bool:
+        """Whether it still is the gradient of this, and nobody else has written to it."""
+        return weight.grad is self.tensor and self.tensor._version == self.version
+
+    def united(self) -> torch.Tensor:
+        """The rows in one piece, ascending."""
+        if len(self.rows) != 1:
+            nothing = torch.empty(0, dtype=torch.long)
+            self.rows = [torch.cat([nothing, *self.rows]).unique()]  # type: ignore[no-untyped-call]
+        return self.rows[0]
+
+
 class Tables:
     """A model's embedding tables whose gradients are kept as memory from one update to the next.
 
     What was a gradient is set to zero in the backward after `zero_grad`, unless somebody still holds it. Only
-    `backward` gives these gradients: `torch.autograd.grad` finds none.
+    `backward` gives these gradients: `torch.autograd.grad` finds none. Somebody else's writing to them is seen by
+    torch's count of changes, and not where it goes past that, through `.data`.
 
     Args:
         model: on a CPU, in one process: elsewhere whole tables cost little, or are what other processes wait for.
@@ -40,38 +70,33 @@ class Tables:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules: list[Any] = [module for module in model.modules() if _plain(module)]
-        self._memory: dict[nn.Parameter, torch.Tensor] = {}
-        self._touched: dict[nn.Parameter, list[torch.Tensor]] = {}  # rows that have been added to
-        self._version: dict[nn.Parameter, int] = {}  # of the gradient, when that was done
+        self._kept: dict[nn.Parameter, _Gradient] = {}
 
     def open(self, undo: ExitStack) -> None:
         """Has those that are trained look rows up so, until `undo` is closed."""
-        self._memory = {weight: kept for weight, kept in self._memory.items() if weight.requires_grad}
+        self._kept = {weight: kept for weight, kept in self._kept.items() if weight.requires_grad}
         for module in self._modules:
             weight: nn.Parameter = module.weight
             hooked = weight._backward_hooks or weight._post_accumulate_grad_hooks or "forward" in vars(module)
             fits = weight.is_leaf and weight.device.type == "cpu" and weight.dtype.itemsize >= _EXACT
-            if weight.requires_grad and fits and not hooked:
+            plain = weight.is_contiguous() and weight.numel() > 0
+            if weight.requires_grad and fits and plain and not hooked:
                 patch(module, "forward", partial(self._look_up, module), undo)
 
     def forget(self) -> None:
         """Gives the memory back."""
-        for kept in (self._memory, self._touched, self._version):
-            kept.clear()
+        self._kept.clear()
 
     def rows(self, weight: nn.Parameter) -> torch.Tensor | None:
         """The rows of a table outside of which its gradient is zero, ascending; None where somebody else wrote to it.
 
-        What is written past torch's count of changes, through `.data`, is not seen.
+        For an optimizer that writes nothing to gradients: after its step only these rows are cleared.
         """
-        kept = self._memory.get(weight)
-        if kept is None or weight.grad is not kept or kept._version != self._version[weight]:
+        kept = self._kept.get(weight)
+        if kept is None or not kept.is_of(weight):
             return None
-        return self._rows(weight)
-
-    def _rows(self, weight: nn.Parameter) -> torch.Tensor:
-        rows: torch.Tensor = torch.cat(self._touched[weight]).unique()  # type: ignore[no-untyped-call]
-        return rows
+        kept.clean = True
+        return kept.united()
 
     @contextmanager
     def compact(self, parameters: Iterable[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
@@ -81,18 +106,18 @@ class Tables:
         """
         given, apart = list[torch.Tensor](), []
         for weight in parameters:
-            rows, table = self.rows(weight), weight.grad
-            if rows is None or table is None:
+            kept = self._kept.get(weight)
+            if kept is None or not kept.is_of(weight):
                 given.append(weight)
                 continue
-            found = table.index_select(0, rows)
+            found = kept.tensor.index_select(0, kept.united())
             given.append(torch.empty_like(found))
             given[-1].grad = found
-            apart.append((weight, table, rows, found))
+            apart.append((kept, found))
         yield given
-        for weight, table, rows, found in apart:
-            table.index_copy_(0, rows, found)
-            self._version[weight] = table._version
+        for kept, found in apart:
+            kept.tensor.index_copy_(0, kept.united(), found)
+            kept.version = kept.tensor._version
 
     def add(self, weight: nn.Parameter, ids: torch.Tensor, rows: torch.Tensor) -> None:
         """Adds to the gradient that is there, or to zeros.
@@ -104,32 +129,30 @@ class Tables:
         """
         if weight.grad is None:
             weight.grad = self._zeros(weight)
-            self._touched[weight] = []
-        elif self.rows(weight) is None:
-            self._touched[weight] = [torch.arange(len(weight))]
-        table = self._memory[weight] = weight.grad
-        table.index_add_(0, ids, rows.to(table.dtype))
-        self._touched[weight].append(ids)
-        self._version[weight] = table._version
+            self._kept[weight] = _Gradient(weight.grad, [], weight.grad._version)
+        kept = self._kept.get(weight)
+        if kept is None or not kept.is_of(weight):
+            kept = self._kept[weight] = _Gradient(weight.grad, [torch.arange(len(weight))], 0)
+        kept.tensor.index_add_(0, ids, rows.to(kept.tensor.dtype))
+        kept.rows.append(ids.unique())  # type: ignore[no-untyped-call]
+        kept.version, kept.clean = kept.tensor._version, False
 
     def _zeros(self, weight: nn.Parameter) -> torch.Tensor:
-        kept, version = self._memory.pop(weight, None), self._version.get(weight)
-        if kept is not None and (kept.shape, kept.dtype, kept.device) == (weight.shape, weight.dtype, weight.device):
-            held = torch._C._storage_Use_Count(kept.untyped_storage()._cdata)  # by a view, say
-            if sys.getrefcount(kept) == held == _OURS:
-                by_rows = kept._version == version
-                return kept.index_fill_(0, self._rows(weight), 0) if by_rows else kept.zero_()
-        return zeros_like(weight)
+        kept = self._kept.pop(weight, None)
+        if kept is None:
+            return heap.zeros_like(weight)
+        table, rows = kept.tensor, kept.united() if kept.clean and kept.tensor._version == kept.version else None
+        del kept
+        if (table.shape, table.dtype, table.device) != (weight.shape, weight.dtype, weight.device):
+            return heap.zeros_like(weight)
+        held = torch._C._storage_Use_Count(table.untyped_storage()._cdata)  # by a view, say
+        if not sys.getrefcount(table) == held == _OURS:
+            return heap.zeros_like(weight)
+        return table.zero_() if rows is None else table.index_fill_(0, rows, 0)
 
     def _look_up(self, module: Any, input: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = _Rows.apply(input, module.weight, module.padding_idx, self)  # type: ignore[no-untyped-call]
         return rows
-
-
-def zeros_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros that take memory only where something else is written; torch's own are all written at once."""
-    flat = torch.frombuffer(heap.zeros(tensor.nbytes), dtype=tensor.dtype)
-    return flat.resize_(tensor.shape)  # a view would hold a second tensor
 
 
 def _plain(module: nn.Module) -> bool:
