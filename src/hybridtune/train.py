@@ -369,9 +369,7 @@ class HybridTrainer(UpdateTrainer):
         if self.composition is None or self.optimizer is not None:
             return super().create_optimizer(model)  # type: ignore[no-any-return]
         assert self.assembly is not None
-        optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-            self.args, self.model
-        )
+        optimizer_class, options = self._optimizer_choice(model)
         if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(options):
             raise RecipeError(
                 f"optim: {self.args.optim} chooses its parameters itself and cannot give rules rates of their own",

@@ -50,6 +50,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
 
     args: TrainingArguments
     compute_loss_func: Any
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None
 
     def __init__(
         self,
@@ -119,12 +120,22 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         with heap.kept() if fast else nullcontext():
             return super().train(*args, **kwargs)
 
-    def get_optimizer_cls_and_kwargs(  # Trainer calls its static one through the instance
-        self, args: TrainingArguments, model: Any = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's; AdamW on a CPU by rows of tables."""
-        found, options = super().get_optimizer_cls_and_kwargs(args, model)
-        by_rows = found is torch.optim.AdamW and self._engine_asked == "auto" and args.device.type == "cpu"
+        given = self.optimizer_cls_and_kwargs
+        self.optimizer_cls_and_kwargs = given if self.optimizer else self._optimizer_choice(model)
+        try:
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        return made
+
+    def _optimizer_choice(self, model: nn.Module | None) -> tuple[Any, dict[str, Any]]:
+        """The class of the optimizer, and what it is made with."""
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        found, options = self.get_optimizer_cls_and_kwargs(self.args, self.model if model is None else model)
+        by_rows = found is torch.optim.AdamW and self._engine_asked == "auto" and self.args.device.type == "cpu"
         return (AdamW, {**options, "rows": self._rows}) if by_rows and not self._sharded else (found, options)
 
     @property
