@@ -177,7 +177,7 @@ def baselines(rows: Rows, name: str) -> dict[tuple[str, str], list[dict[str, Any
     return {
         (title, model): list(by.values())
         for (title, model), by in found.items()
-        if not model or by != found.get((title, ""))
+        if not model or any(scored != found.get((title, ""), {}).get(seed) for seed, scored in by.items())
     }
 
 
@@ -240,11 +240,18 @@ def page(rows: Rows) -> str:
         for which, seeds in sorted(
             found.items(), key=lambda one: -mean([row["test"] for row in one[1]], of.metrics[0])
         ):
-            cells = [titled(*which), str(len(seeds)), scores([row["test"] for row in seeds], of)]
+            cells = [titled(*which), counted(seeds, some), scores([row["test"] for row in seeds], of)]
             lines.append(f"| {' | '.join(cells)} | {seeds[0]['trainable']:,} |")
         for (title, model), scored in baselines(rows, name).items():
             lines.append(f"| {titled(title, model)} (baseline) | {len(scored)} | {scores(scored, of)} | - |")
     return "\n".join(lines) + "\n"
+
+
+def counted(seeds: Rows, some: Rows) -> str:
+    """How many seeds, and how many of them in bf16, where not all of a set were computed in the same type."""
+    half = sum(row["precision"] == "bf16" for row in seeds)
+    mixed = len({row["precision"] for row in some}) > 1
+    return f"{len(seeds)}" + (f", {'' if half == len(seeds) else f'{half} '}in bf16" if mixed and half else "")
 
 
 def titled(title: str, model: str) -> str:
