@@ -206,10 +206,11 @@ def test_a_whole_run(name: str, context: bool, tmp_path: Path) -> None:
         for text in letters[:330]
     ]
     wide = {"bart": {"init_std": 0.1}, "gpt2": {"initializer_range": 0.1}}  # as small as they are, else they learn late
+    epochs = 8 if name == "encoder-decoder" else 4  # in bf16 it has learnt little after 4
     tiny.save_writer(tmp_path / "model", name, **wide.get(name, {}))
     run = api.tune(
         model=str(tmp_path / "model"), task=Task.name, train=some[:270], validation=some[270:290], test=some[290:],
-        strategy="full", learning_rate=3e-3, num_train_epochs=4, per_device_train_batch_size=8, max_new_tokens=4,
+        strategy="full", learning_rate=3e-3, num_train_epochs=epochs, per_device_train_batch_size=8, max_new_tokens=4,
         output=str(tmp_path / "run"), console=QUIET,
     )  # fmt: skip
     said = run.predict(some[290:])
