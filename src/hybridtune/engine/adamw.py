@@ -58,10 +58,9 @@ class AdamW(torch.optim.AdamW):
     def _of(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor | None:
         """The rows that a step has to look at; None: the whole."""
         touched = self._rows(parameter)
-        if touched is None or self._is_shared(parameter):
-            self._live.pop(parameter, None)  # all rows may have moments after this
-            return None
-        if group["amsgrad"] or group["differentiable"] or getattr(self, "found_inf", None) is not None:
+        other = group["amsgrad"] or group["differentiable"] or getattr(self, "found_inf", None) is not None
+        if touched is None or other or self._is_shared(parameter):
+            self._live.pop(parameter, None)  # other rows may have moments after this
             return None
         live = self._live_rows(parameter)
         live[touched] = True
@@ -82,9 +81,9 @@ class AdamW(torch.optim.AdamW):
             state |= {"step": step, "exp_avg": heap.zeros_like(parameter), "exp_avg_sq": heap.zeros_like(parameter)}
             found = torch.zeros(len(parameter), dtype=torch.bool)
         else:
-            of, found = self._live.get(parameter, (None, torch.empty(0)))
-            if of is not None and of() is state["exp_avg"]:
-                return found
+            known = self._live.get(parameter)
+            if known and known[0]() is state["exp_avg"]:
+                return known[1]
             found = state["exp_avg"].any(1) | state["exp_avg_sq"].any(1)  # of a checkpoint, or of steps over the whole
         self._live[parameter] = weakref.ref(state["exp_avg"]), found
         return found
