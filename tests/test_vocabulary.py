@@ -193,6 +193,25 @@ def test_in_half_precision_no_chunk_is_lost() -> None:
     assert float((gradient.float() - expected).norm()) <= 1e-2 * float(expected.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_all_but_sure(dtype: torch.dtype) -> None:
+    """Loss and gradient beside autograd's in 64 bits: of a target that is far off, of a certain one, of others.
+
+    Of the certain one 32 bits are not enough for more, torch's own either.
+    """
+    logits = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+    logits[0, 7], logits[1, 8], logits[2, 9] = 300.0, 12.0, -300.0
+    logits, targets = logits.to(dtype), torch.tensor([3, 8, 9, 10])
+    whole = logits.double().requires_grad_()
+    expected = nn.functional.cross_entropy(whole, targets, reduction="none")
+    (along,) = torch.autograd.grad(expected.sum(), whole)
+    found, gradient = vocabulary.scored(logits, targets)
+    assert float(found) == pytest.approx(float(expected.detach().sum()), rel=1e-6)
+    assert gradient.dtype == dtype
+    for row, other in zip(gradient.double(), along, strict=True):  # each by itself: one of them is tiny
+        assert float((row - other).norm() / other.norm()) < (1e-3 if dtype == torch.float32 else 5e-3)
+
+
 @pytest.mark.parametrize("name", ["llama", "t5", "masked"])
 def test_without_a_label_the_loss_is_zero(name: str) -> None:
     model, batch = MODELS[name](), labelled()
