@@ -3,33 +3,44 @@
     python benchmarks/gpu.py                                  # all, on a GPU
     python benchmarks/gpu.py --models bert-base --methods lora --rounds 5
     python benchmarks/gpu.py --seconds 400                    # begin nothing new after that time
+    python benchmarks/gpu.py --profile                        # where the time goes, ours
     python benchmarks/gpu.py --device cpu --models tiny       # whether it runs at all
-    python benchmarks/gpu.py --table                          # print the table of what is there
+    python benchmarks/gpu.py --table                          # print the tables of what is there
 
 Models have the shape of a known one and random weights, rows random tokens: encoders rows of 16 to 512 tokens (most of
 them short, a quarter of the padded batch), decoders rows of 2,048 to 4,096, all of them labelled. All sides have the
-same rows, batch, rates and optimizer, the model's own dropout, and bf16 by autocast over trained weights in fp32:
+same rows, batch, rates and optimizer, the model's own dropout, and bf16 by autocast over trained weights in fp32; all
+collate batches in the process that trains, as is the default:
 
     trainer        Trainer with a padding collator and PEFT, sdpa
-    grouped        the same with batches grouped by length
-    liger          the same with Liger Kernel, where it is installed and knows the model
+    grouped        encoders: the same with batches grouped by length
+    packed         decoders: the same with DataCollatorWithFlattening, which leaves no padding, and flash attention 2 in
+                   the kernel that torch has of it
+    liger          decoders: `trainer` with Liger Kernel, where it is installed
+    packed+liger   both
     ours           what `hybridtune tune` does by default
-    ours+liger     with `use_liger_kernel`, likewise
+    ours+liger     with `use_liger_kernel`, decoders
 
-In a round each side runs once, in turn, in one process; ratios are those within a round. Figures are useful tokens (no
-padding) a second, from the end of the third step on. A side that runs out of memory says so. Results are appended to
-results/gpu.jsonl; what stands there of this GPU is skipped.
+In a round each side runs once, in turn; ratios are those within a round. Liger Kernel changes transformers for all that
+a process makes later: sides with it run in one process, those without it in another, which waits meanwhile. Figures are
+useful tokens (no padding) a second, from the end of the third step on. A side that runs out of memory says so. Results
+are appended to results/gpu.jsonl; what stands there of this GPU is skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import itertools
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +130,20 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"part": "layers", "method": "lora", "r": 16}],
 }
 PRODUCTS = {"full": 3, "lora": 2}  # of a token with a weight of the layers, forwards and backwards
-SIDES = ("ours", "trainer", "grouped", "liger", "ours+liger")
-WARM, STEPS = 3, 13
+ENCODERS = ("ours", "trainer", "grouped")
+DECODERS = ("ours", "trainer", "packed", "liger", "packed+liger", "ours+liger")
+WARM, STEPS = 3, 11
+# What torch's operations are for, by the device's time; what kernels it calls otherwise is the rest.
+KINDS = {
+    "products with weights": r"aten::(mm|addmm_?)",
+    "attention": r".*(flash|varlen)_attention.*|.*varlen_attn.*",
+    "softmax of a vocabulary": r"aten::(_?softmax|_log_softmax.*|max|gather|scatter_)",
+    "norms, GELU, SiLU": r"aten::(native_layer_norm.*|_fused_rms_norm.*|gelu.*|silu.*)|Liger(RMSNorm|SiLUMul).*",
+    "copies, casts": r"aten::(copy_|cat|index_.*|fill_|zero_)",
+    "sums, products": r"aten::(add_?|mul_?|sum|neg|pow|mean|rsqrt|div_?)",
+    "dropout": r"aten::native_dropout.*",
+    "optimizer": r"aten::(_fused_adamw_|_foreach_.*)",
+}
 
 
 def main() -> None:
@@ -131,36 +154,65 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which nothing new is begun")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--results", type=Path, default=RECORD.file)
-    parser.add_argument("--table", action="store_true", help="print the table and run nothing")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--profile", action="store_true")
+    what.add_argument("--table", action="store_true", help="print the tables and run nothing")
     asked = parser.parse_args()
     if not asked.table:
-        begun = time.monotonic()
-        for model in asked.models:
-            for method in asked.methods:
-                if time.monotonic() - begun < asked.seconds:
-                    run(asked, model, method)
-    print(table(Record(asked.results).rows()))
+        begun, sides = time.monotonic(), Sides(asked.device)
+        asked.rounds = 1 if asked.profile else asked.rounds
+        for number, model, method in itertools.product(range(1, asked.rounds + 1), asked.models, asked.methods):
+            if time.monotonic() - begun < asked.seconds:
+                run(asked, sides, number, model, method)
+    rows = Record(asked.results).rows()
+    print(table([row for row in rows if "runs" in row]), profiles([row for row in rows if "took" in row]), sep="\n")
 
 
-def run(asked: argparse.Namespace, model: str, method: str) -> None:
-    """All sides of one method on one model, in the rounds that are not there yet."""
+class Sides:
+    """Two processes on one device, which run in turn: with Liger Kernel, which stays in a process, and without."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._processes = {with_liger: ProcessPoolExecutor(1, get_context("spawn")) for with_liger in (False, True)}
+        self._warm: set[tuple[str, str, str]] = set()
+
+    def once(self, model: str, method: str, side: str) -> dict[str, Any]:
+        """One training; before a process's first of this kind a short one, which compiles kernels."""
+        process, key = self._processes["liger" in side], (model, method, side)
+        if key not in self._warm:
+            process.submit(once, self.device, *key, steps=WARM + 1).result()
+            self._warm.add(key)
+        return process.submit(once, self.device, *key).result()
+
+    def profile(self, model: str, method: str, side: str) -> dict[str, Any]:
+        """The same, with the seconds of each of KINDS."""
+        found = self.once(model, method, side)
+        return found | self._processes["liger" in side].submit(profiled, self.device, model, method, side).result()
+
+    def peak(self) -> float:
+        """TFLOP/s of the device."""
+        return self._processes[False].submit(peak, torch.device(self.device)).result()
+
+
+def run(asked: argparse.Namespace, sides: Sides, number: int, model: str, method: str) -> None:
+    """All sides of one method on one model in one round, or the profile of ours, where it is not there yet."""
     device = torch.device(asked.device)
     machine = environment.describe(device)
     record = Record(asked.results)
-    wanted = [one for one in range(1, asked.rounds + 1) if not record.has([model, method, machine["device"], one])]
-    rows = rows_of(MODELS[model])
-    keys = ("device", "processor", "hybridtune", "torch", "transformers", "peft")
-    about = {**sizes(model), **{one: machine[one] for one in keys}, "date": time.strftime("%Y-%m-%d")}
-    for number in [0, *wanted] if wanted else []:  # the first one compiles kernels, and does not count
-        runs = []
-        for side in SIDES:
-            if "liger" in side and (MODELS[model]["type"] == "bert" or not liger(device)):
-                continue
-            runs.append({"side": side, **once(asked, model, method, side, rows)})
-            print(number, json.dumps(runs[-1]), flush=True)
-        if number:
-            key = [model, method, machine["device"], number]
-            record.add({"key": key, "runs": runs, "peak": peak(device), **about})
+    key = [model, method, machine["device"], "profile" if asked.profile else number]
+    if record.has(key):
+        return
+    named = ("device", "processor", "hybridtune", "torch", "transformers", "peft")
+    about = {**sizes(model), **{one: machine[one] for one in named}, "date": time.strftime("%Y-%m-%d")}
+    if asked.profile:
+        record.add({"key": key, **sides.profile(model, method, "ours"), **about})
+        return
+    runs = []
+    for side in ENCODERS if MODELS[model]["type"] == "bert" else DECODERS:
+        if "liger" not in side or liger(device):
+            runs.append({"side": side, **sides.once(model, method, side)})
+            print(number, model, method, json.dumps(runs[-1]), flush=True)
+    record.add({"key": key, "runs": runs, "peak": sides.peak(), **about})
 
 
 def liger(device: torch.device) -> bool:
@@ -194,12 +246,15 @@ def tokenizer() -> Any:
     return hf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
 
 
-def rows_of(shape: dict[str, Any]) -> Dataset:
+@functools.cache
+def rows_of(model: str, steps: int) -> Dataset:
     """Random tokens; of encoders' rows the lengths' logarithms are spread evenly, of decoders' the lengths."""
+    shape = MODELS[model]
     generator = torch.Generator().manual_seed(0)
     low, high = shape["lengths"]
     spread = torch.rand(shape["batch"] * STEPS, generator=generator)
     lengths = low * (high / low) ** spread if shape["type"] == "bert" else low + (high - low) * spread
+    lengths = lengths[: shape["batch"] * steps]
     vocabulary = shape["config"]["vocab_size"]
     made: dict[str, list[Any]] = {
         "input_ids": [torch.randint(4, vocabulary, (int(one),), generator=generator).tolist() for one in lengths]
@@ -209,13 +264,45 @@ def rows_of(shape: dict[str, Any]) -> Dataset:
     return Dataset.from_dict(made)
 
 
-def built(model: str, device: torch.device) -> Any:
+def flash(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' flash attention over a packed batch, by torch's kernel; on a CPU row by row."""
+    assert cu_seq_lens_q is not None
+    if query.device.type == "cpu":
+        sizes = cu_seq_lens_q.diff().tolist()
+        pieces = zip(*(torch.split(one.to(value.dtype), sizes, 2) for one in (query, key, value)), strict=True)
+        options = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+        found = [torch.nn.functional.scaled_dot_product_attention(*piece, **options) for piece in pieces]
+        return torch.cat(found, 2).transpose(1, 2), None
+    dtype = torch.get_autocast_dtype(query.device.type)
+    states = (one.to(dtype).squeeze(0).transpose(0, 1) for one in (query, key, value))
+    bounds, longest = [cu_seq_lens_q] * 2, [max_length_q] * 2
+    kernel: Any = torch.ops.aten._flash_attention_forward
+    return kernel(*states, *bounds, *longest, 0.0, True, return_debug_mask=False, scale=scaling)[0][None], None
+
+
+hf.AttentionInterface.register("packed", flash)
+hf.AttentionMaskInterface.register("packed", lambda **kwargs: None)
+
+
+def built(model: str, device: torch.device, attention: str = "sdpa") -> Any:
     """A model with random weights."""
     shape = MODELS[model]
     auto = hf.AutoModelForSequenceClassification if shape["type"] == "bert" else hf.AutoModelForCausalLM
     torch.manual_seed(0)
     with device:
-        return auto.from_config(hf.AutoConfig.for_model(shape["type"], **shape["config"]), attn_implementation="sdpa")
+        return auto.from_config(
+            hf.AutoConfig.for_model(shape["type"], **shape["config"]), attn_implementation=attention
+        )
 
 
 def sizes(model: str) -> dict[str, int]:
@@ -226,31 +313,48 @@ def sizes(model: str) -> dict[str, int]:
     return {"layer_weights": layers, "head_weights": head.weight.numel() if head is not None else 0}
 
 
-def once(asked: argparse.Namespace, name: str, method: str, side: str, rows: Dataset) -> dict[str, Any]:
-    """One training of a few steps; the clock runs from the end of the third on."""
-    device, shape = torch.device(asked.device), MODELS[name]
-    model, words = built(name, device), tokenizer()
+def once(
+    on: str, name: str, method: str, side: str, steps: int = STEPS, took: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """One training of a few steps; the clock runs from the end of the third on.
+
+    Args:
+        on: which device.
+        name: of a model.
+        method: one of METHODS.
+        side: see above.
+        steps: of the training.
+        took: for the seconds a step of each of KINDS, of all that the device did, and of the step.
+    """
+    device, shape = torch.device(on), MODELS[name]
+    rows, packed = rows_of(name, steps), side.startswith("packed")
+    model, words = built(name, device, "packed" if packed else "sdpa"), tokenizer()
     times: list[tuple[float, int]] = []
-    seen = 0
+    tokens = 0
+    profiler = _profiler(device) if took is not None else None
 
     class Clock(hf.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (WARM, STEPS):
+            if state.global_step in (WARM, steps):
                 wait(device)
-                times.append((time.perf_counter(), seen))
+                times.append((time.perf_counter(), tokens))
+                if profiler is not None:
+                    profiler.start() if state.global_step == WARM else profiler.stop()
 
     if shape["type"] == "bert":
         collate: Any = hf.DataCollatorWithPadding(words)
+    elif packed:
+        collate = hf.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     else:
         collate = hf.DataCollatorForLanguageModeling(words, mlm=False)
 
     def counted(features: list[Any]) -> Any:
-        nonlocal seen
-        seen += sum(len(one["input_ids"]) for one in features)
+        nonlocal tokens
+        tokens += sum(len(one["input_ids"]) for one in features)
         return collate(features)
 
     with tempfile.TemporaryDirectory() as folder:
-        grouped = {"train_sampling_strategy": "group_by_length"} if side in ("grouped", "liger") else {}
+        grouped = {"train_sampling_strategy": "group_by_length"} if side == "grouped" else {}
         given = hf.TrainingArguments(
             folder,
             per_device_train_batch_size=shape["batch"],
@@ -293,11 +397,63 @@ def once(asked: argparse.Namespace, name: str, method: str, side: str, rows: Dat
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     (first, before), (last, after) = times
+    if profiler is not None and took is not None:
+        took |= {"step": (last - first) / (steps - WARM), **_kinds(profiler, device, steps - WARM)}
     return {
         "tokens_per_second": round((after - before) / (last - first), 1),
+        "tokens_per_step": (after - before) / (steps - WARM),
         "peak_bytes": memory.peak(),
         "engine": engine,
     }
+
+
+def _profiler(device: torch.device) -> Any:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=kinds)
+
+
+def _kinds(profiler: Any, device: torch.device, steps: int) -> dict[str, float]:
+    """Seconds of the device in a step; an operation has those of the kernels that it starts itself."""
+    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [(one.key, getattr(one, time) / 1e6 / steps) for one in profiler.key_averages() if _of_host(one)]
+    took = {kind: sum(spent for key, spent in events if re.fullmatch(names, key)) for kind, names in KINDS.items()}
+    return took | {"device": sum(spent for _, spent in events)}
+
+
+def _of_host(event: Any) -> bool:
+    """An operation, not a kernel: what each takes stands with either. The optimizer's mark is neither."""
+    return event.device_type == torch.autograd.DeviceType.CPU and "#" not in event.key
+
+
+def profiled(on: str, name: str, method: str, side: str) -> dict[str, Any]:
+    """Where the time of two steps goes; the profiler takes some itself."""
+    took: dict[str, float] = {}
+    once(on, name, method, side, WARM + 2, took)
+    return {"took": took}
+
+
+def profiles(rows: list[dict[str, Any]]) -> str:
+    """Markdown: where ours is busy, in percent of the time that the device is; and for how much of a step it is."""
+    if not rows:
+        return ""
+    lines = [
+        "",
+        "Where the time goes (`--profile`, ours): the device's, in percent of what it is busy for, a step of so many",
+        "milliseconds without the profiler, and how long it is busy in one. In the rest it waits for the host.",
+        "",
+        "| GPU | model | method | " + " | ".join(KINDS) + " | rest | busy | step |",
+        "|---|---|---|" + "---|" * (len(KINDS) + 3),
+    ]
+    for row in rows:
+        model, method, device, _ = row["key"]
+        took, busy = row["took"], row["took"]["device"]
+        shares = [took[kind] / busy for kind in KINDS]
+        cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
+        step = row["tokens_per_step"] / row["tokens_per_second"]
+        lines.append(f"| {device} | {model} | {method} | {' | '.join(cells)} | {1e3 * busy:.0f} | {1e3 * step:.0f} |")
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

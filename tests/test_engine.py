@@ -681,6 +681,22 @@ def test_fast_lora_against_the_formula(tokens: int, bias: bool) -> None:
         torch.testing.assert_close(tensor.grad.float(), one.grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [2, 9], ids=["thin", "folded"])
+def test_gradients_of_fast_loras_gradients(tokens: int) -> None:
+    """Of x, A and B."""
+    torch.manual_seed(0)
+    x, down, up = (
+        torch.randn(*shape, dtype=torch.double, requires_grad=True) for shape in [(tokens, 5), (2, 5), (7, 2)]
+    )
+    weight = torch.randn(7, 5, dtype=torch.double)
+
+    def run(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> Any:
+        return lora._Product.apply(x, weight, None, down, up, 0.7)
+
+    assert torch.autograd.gradcheck(run, (x, down, up))
+    assert torch.autograd.gradgradcheck(run, (x, down, up))
+
+
 def on_model(**options: Any) -> tuple[nn.Module, list[str]]:
     model, found = shaken(tiny.classifier("bert")), methods.load("lora")
     part = Anatomy(model).part("layers")

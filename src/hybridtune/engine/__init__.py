@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import PartError, first_line
 from ..layers import find_stacks
-from . import decoder, dropout, lora, proof, vocabulary
+from . import decoder, dropout, lora, norms, proof, vocabulary
 from .batches import without_labels
 from .casts import Casts, autocast_type, compute_type
 from .embedding import Tables
@@ -46,6 +46,7 @@ class Engine:
         modules: LoRA's layers, computed in a faster way where their state allows it when the engine is opened.
         draws: whether dropout on a CPU draws faster.
         tables: embeddings whose gradients are added in place.
+        norms: modules that one of torch's kernels stands for, on a GPU.
     """
 
     seam: Seam | None
@@ -53,6 +54,7 @@ class Engine:
     modules: tuple[nn.Module, ...] = ()
     draws: bool = False
     tables: Tables | None = None
+    norms: tuple[nn.Module, ...] = ()
 
     @contextmanager
     def open(self, casts: Casts | None = None) -> Iterator[None]:
@@ -65,6 +67,7 @@ class Engine:
             if self.seam:
                 undo.enter_context(self.seam.open())
             lora.speed_up(self.modules, undo, casts)
+            norms.speed_up(self.norms, undo)
             if torch.is_grad_enabled():
                 if self.draws:
                     undo.enter_context(dropout.fast())
@@ -101,7 +104,13 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
     modules = tuple(module for module in model.modules() if lora.knows(module))
     on_cpu = next(model.parameters()).device.type == "cpu"
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    engine = Engine(None, "", modules, on_cpu, Tables(model) if on_cpu and not several else None)
+    engine = Engine(
+        None,
+        modules=modules,
+        draws=on_cpu,
+        tables=Tables(model) if on_cpu and not several else None,
+        norms=() if on_cpu else norms.find(model),
+    )
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
     if skips:

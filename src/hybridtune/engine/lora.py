@@ -5,7 +5,7 @@
 
 The second is taken in 32 bits, and as soon as it is cheaper: from out * in / (out + in) tokens on. Gradients follow the
 same choice: that of x needs one product with W + s B A, and those of A and B are thin either way (RunLoRA: Cherniuk et
-al. 2023, arXiv 2312.03415). x A^T is computed again in the backward, which is cheaper than to keep it.
+al. 2023, arXiv 2312.03415). x A^T, which is thin, is kept by the first; the second computes it in the backward.
 """
 
 from __future__ import annotations
@@ -38,26 +38,35 @@ class _Product(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(x, weight, down, up)
         # in half precision the sum would round away what A and B add to W
         exact = weight.dtype in (torch.float32, torch.float64)
         ctx.scaling, ctx.folds = scaling, exact and rows.shape[0] * sum(weight.shape) > weight.numel()
         if ctx.folds:
+            ctx.save_for_backward(x, weight, down, up)
             return functional.linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
-        y = functional.linear(rows, weight, bias).addmm_(rows @ down.T, up.T, alpha=scaling)
+        low = rows @ down.T
+        ctx.save_for_backward(x, weight, down, up, low)
+        y = functional.linear(rows, weight, bias).addmm_(low, up.T, alpha=scaling)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, weight, down, up = ctx.saved_tensors
+        x, weight, down, up, *low = ctx.saved_tensors
         rows, out = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        thin = (out @ up).mul_(ctx.scaling)
-        for_x = None
+        if not low or torch.is_grad_enabled():  # whose own gradients are asked for, and what is kept has none
+            low = [rows @ down.T]
+        thin, for_x = out @ up, None
         if ctx.needs_input_grad[0]:
             whole = torch.addmm(weight, up, down, alpha=ctx.scaling) if ctx.folds else weight
             for_x = out @ whole
-            for_x = (for_x if ctx.folds else for_x.addmm_(thin, down)).view_as(x)
-        return for_x, None, None, thin.T @ rows, (out.T @ (rows @ down.T)).mul_(ctx.scaling), None
+            for_x = (for_x if ctx.folds else for_x.addmm_(thin, down, alpha=ctx.scaling)).view_as(x)
+        return for_x, None, None, _times(ctx.scaling, thin.T, rows), _times(ctx.scaling, out.T, low[0]), None
+
+
+def _times(factor: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """factor * left @ right, in one call."""
+    nothing = left.new_empty(())
+    return torch.addmm(nothing, left, right, beta=0, alpha=factor)  # of which nothing is read
 
 
 def speed_up(modules: Iterable[nn.Module], undo: ExitStack, casts: Casts | None = None) -> None:
