@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                                  # all, on a GPU
     python benchmarks/gpu.py --models bert-base --methods lora --rounds 5
     python benchmarks/gpu.py --seconds 400                    # begin nothing new after that time
-    python benchmarks/gpu.py --profile                        # where the time goes, ours
+    python benchmarks/gpu.py --profile                        # and where the time goes, ours
     python benchmarks/gpu.py --device cpu --models tiny       # whether it runs at all
     python benchmarks/gpu.py --table                          # print the tables of what is there
 
@@ -13,7 +13,7 @@ same rows, batch, rates and optimizer, the model's own dropout, and bf16 by auto
 collate batches in the process that trains, as is the default:
 
     trainer        Trainer with a padding collator and PEFT, sdpa
-    grouped        encoders: the same with batches grouped by length
+    grouped        encoders: the same with batches of rows of about one length
     packed         decoders: the same with DataCollatorWithFlattening, which leaves no padding, and flash attention 2 in
                    the kernel that torch has of it
     liger          decoders: `trainer` with Liger Kernel, where it is installed
@@ -22,8 +22,9 @@ collate batches in the process that trains, as is the default:
     ours+liger     with `use_liger_kernel`, decoders
 
 In a round each side runs once, in turn; ratios are those within a round. Liger Kernel changes transformers for all that
-a process makes later: sides with it run in one process, those without it in another, which waits meanwhile. Figures are
-useful tokens (no padding) a second, from the end of the third step on. A side that runs out of memory says so. Results
+a process makes later: sides with it run in one process, those without it in another, which waits meanwhile. A run goes
+four times over the same three batches; figures are useful tokens (no padding) a second of the last three times, since
+in the first kernels are compiled, some for every width of a batch. A side that fails says so. Results
 are appended to results/gpu.jsonl; what stands there of this GPU is skipped.
 """
 
@@ -132,7 +133,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 PRODUCTS = {"full": 3, "lora": 2}  # of a token with a weight of the layers, forwards and backwards
 ENCODERS = ("ours", "trainer", "grouped")
 DECODERS = ("ours", "trainer", "packed", "liger", "packed+liger", "ours+liger")
-WARM, STEPS = 3, 11
+BATCHES, EPOCHS = 3, 4  # the first of which does not count
 # What torch's operations are for, by the device's time; what kernels it calls otherwise is the rest.
 KINDS = {
     "products with weights": r"aten::(mm|addmm_?)",
@@ -160,12 +161,11 @@ def main() -> None:
     asked = parser.parse_args()
     if not asked.table:
         begun, sides = time.monotonic(), Sides(asked.device)
-        asked.rounds = 1 if asked.profile else asked.rounds
         for number, model, method in itertools.product(range(1, asked.rounds + 1), asked.models, asked.methods):
             if time.monotonic() - begun < asked.seconds:
                 run(asked, sides, number, model, method)
     rows = Record(asked.results).rows()
-    print(table([row for row in rows if "runs" in row]), profiles([row for row in rows if "took" in row]), sep="\n")
+    print(table(rows))
 
 
 class Sides:
@@ -174,20 +174,15 @@ class Sides:
     def __init__(self, device: str) -> None:
         self.device = device
         self._processes = {with_liger: ProcessPoolExecutor(1, get_context("spawn")) for with_liger in (False, True)}
-        self._warm: set[tuple[str, str, str]] = set()
+        self.machine = [one.submit(machine, device) for one in self._processes.values()].pop().result()
 
-    def once(self, model: str, method: str, side: str) -> dict[str, Any]:
-        """One training; before a process's first of this kind a short one, which compiles kernels."""
-        process, key = self._processes["liger" in side], (model, method, side)
-        if key not in self._warm:
-            process.submit(once, self.device, *key, steps=WARM + 1).result()
-            self._warm.add(key)
-        return process.submit(once, self.device, *key).result()
-
-    def profile(self, model: str, method: str, side: str) -> dict[str, Any]:
-        """The same, with the seconds of each of KINDS."""
-        found = self.once(model, method, side)
-        return found | self._processes["liger" in side].submit(profiled, self.device, model, method, side).result()
+    def once(self, model: str, method: str, side: str, profile: bool = False) -> dict[str, Any]:
+        """One training."""
+        process = self._processes["liger" in side]
+        try:
+            return process.submit(once, self.device, model, method, side, profile).result()
+        except Exception as error:
+            return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
 
     def peak(self) -> float:
         """TFLOP/s of the device."""
@@ -195,29 +190,24 @@ class Sides:
 
 
 def run(asked: argparse.Namespace, sides: Sides, number: int, model: str, method: str) -> None:
-    """All sides of one method on one model in one round, or the profile of ours, where it is not there yet."""
-    device = torch.device(asked.device)
-    machine = environment.describe(device)
-    record = Record(asked.results)
-    key = [model, method, machine["device"], "profile" if asked.profile else number]
-    if record.has(key):
-        return
-    named = ("device", "processor", "hybridtune", "torch", "transformers", "peft")
-    about = {**sizes(model), **{one: machine[one] for one in named}, "date": time.strftime("%Y-%m-%d")}
-    if asked.profile:
-        record.add({"key": key, **sides.profile(model, method, "ours"), **about})
-        return
-    runs = []
-    for side in ENCODERS if MODELS[model]["type"] == "bert" else DECODERS:
-        if "liger" not in side or liger(device):
-            runs.append({"side": side, **sides.once(model, method, side)})
-            print(number, model, method, json.dumps(runs[-1]), flush=True)
-    record.add({"key": key, "runs": runs, "peak": sides.peak(), **about})
+    """All sides of one method on one model in one round, where it is not there yet, and the profile of ours."""
+    record, about = Record(asked.results), {**sizes(model), **sides.machine, "date": time.strftime("%Y-%m-%d")}
+    key = [model, method, sides.machine["device"]]
+    if not record.has([*key, number]):
+        runs = []
+        for side in ENCODERS if MODELS[model]["type"] == "bert" else DECODERS:
+            if "liger" not in side or is_liger_kernel_available():
+                runs.append({"side": side, **sides.once(model, method, side)})
+                print(number, model, method, json.dumps(runs[-1]), flush=True)
+        record.add({"key": [*key, number], "runs": runs, "peak": sides.peak(), **about})
+    if asked.profile and not record.has([*key, "profile"]):
+        record.add({"key": [*key, "profile"], **sides.once(model, method, "ours", profile=True), **about})
 
 
-def liger(device: torch.device) -> bool:
-    """Whether Liger Kernel can be run."""
-    return device.type == "cuda" and is_liger_kernel_available()
+def machine(on: str) -> dict[str, Any]:
+    """What it is measured on."""
+    found = environment.describe(torch.device(on))
+    return {one: found[one] for one in ("device", "processor", "hybridtune", "torch", "transformers", "peft")}
 
 
 def peak(device: torch.device) -> float:
@@ -247,14 +237,19 @@ def tokenizer() -> Any:
 
 
 @functools.cache
-def rows_of(model: str, steps: int) -> Dataset:
-    """Random tokens; of encoders' rows the lengths' logarithms are spread evenly, of decoders' the lengths."""
+def rows_of(model: str, grouped: bool) -> Dataset:
+    """Random tokens; of encoders' rows the lengths' logarithms are spread evenly, of decoders' the lengths.
+
+    Args:
+        model: for which.
+        grouped: whether those of about one length lie together.
+    """
     shape = MODELS[model]
     generator = torch.Generator().manual_seed(0)
     low, high = shape["lengths"]
-    spread = torch.rand(shape["batch"] * STEPS, generator=generator)
+    spread = torch.rand(shape["batch"] * BATCHES, generator=generator)
     lengths = low * (high / low) ** spread if shape["type"] == "bert" else low + (high - low) * spread
-    lengths = lengths[: shape["batch"] * steps]
+    lengths = lengths.sort(descending=True).values if grouped else lengths
     vocabulary = shape["config"]["vocab_size"]
     made: dict[str, list[Any]] = {
         "input_ids": [torch.randint(4, vocabulary, (int(one),), generator=generator).tolist() for one in lengths]
@@ -313,33 +308,31 @@ def sizes(model: str) -> dict[str, int]:
     return {"layer_weights": layers, "head_weights": head.weight.numel() if head is not None else 0}
 
 
-def once(
-    on: str, name: str, method: str, side: str, steps: int = STEPS, took: dict[str, float] | None = None
-) -> dict[str, Any]:
-    """One training of a few steps; the clock runs from the end of the third on.
+def once(on: str, name: str, method: str, side: str, profile: bool = False) -> dict[str, Any]:
+    """One training of a few steps.
 
     Args:
         on: which device.
         name: of a model.
         method: one of METHODS.
         side: see above.
-        steps: of the training.
-        took: for the seconds a step of each of KINDS, of all that the device did, and of the step.
+        profile: for the seconds of each of KINDS in a step too. The profiler takes time itself.
     """
-    device, shape = torch.device(on), MODELS[name]
-    rows, packed = rows_of(name, steps), side.startswith("packed")
+    device, shape, packed = torch.device(on), MODELS[name], side.startswith("packed")
+    rows, last_step = rows_of(name, side == "grouped"), BATCHES * EPOCHS
     model, words = built(name, device, "packed" if packed else "sdpa"), tokenizer()
     times: list[tuple[float, int]] = []
     tokens = 0
-    profiler = _profiler(device) if took is not None else None
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + (device.type == "cuda")]
+    profiler = torch.profiler.profile(activities=kinds)
 
     class Clock(hf.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (WARM, steps):
+            if state.global_step in (BATCHES, last_step):
                 wait(device)
                 times.append((time.perf_counter(), tokens))
-                if profiler is not None:
-                    profiler.start() if state.global_step == WARM else profiler.stop()
+                if profile:
+                    profiler.stop() if state.global_step == last_step else profiler.start()
 
     if shape["type"] == "bert":
         collate: Any = hf.DataCollatorWithPadding(words)
@@ -354,11 +347,11 @@ def once(
         return collate(features)
 
     with tempfile.TemporaryDirectory() as folder:
-        grouped = {"train_sampling_strategy": "group_by_length"} if side == "grouped" else {}
         given = hf.TrainingArguments(
             folder,
             per_device_train_batch_size=shape["batch"],
-            num_train_epochs=1,
+            num_train_epochs=EPOCHS,
+            train_sampling_strategy="sequential",
             learning_rate=1e-4,
             bf16=True,
             use_cpu=device.type == "cpu",
@@ -369,7 +362,6 @@ def once(
             disable_tqdm=True,
             logging_steps=10_000,
             seed=0,
-            **grouped,
         )
         more = {"train_dataset": rows, "processing_class": words, "data_collator": counted, "callbacks": [Clock()]}
         if side.startswith("ours"):
@@ -387,9 +379,9 @@ def once(
         trainer.remove_callback(hf.PrinterCallback)
         memory = PeakMemory(device)
         try:
-            trainer.train()
+            loss = trainer.train().training_loss
         except torch.OutOfMemoryError:
-            return {"out_of_memory": True}
+            return {"failed": "out of memory"}
         finally:
             engine = str(getattr(trainer, "engine", "") or "")
             del trainer, model, more
@@ -397,21 +389,15 @@ def once(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     (first, before), (last, after) = times
-    if profiler is not None and took is not None:
-        took |= {"step": (last - first) / (steps - WARM), **_kinds(profiler, device, steps - WARM)}
+    steps = last_step - BATCHES
     return {
         "tokens_per_second": round((after - before) / (last - first), 1),
-        "tokens_per_step": (after - before) / (steps - WARM),
+        "tokens_per_step": (after - before) / steps,
         "peak_bytes": memory.peak(),
+        "loss": loss,
         "engine": engine,
+        **({"took": _kinds(profiler, device, steps)} if profile else {}),
     }
-
-
-def _profiler(device: torch.device) -> Any:
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=kinds)
 
 
 def _kinds(profiler: Any, device: torch.device, steps: int) -> dict[str, float]:
@@ -427,40 +413,11 @@ def _of_host(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CPU and "#" not in event.key
 
 
-def profiled(on: str, name: str, method: str, side: str) -> dict[str, Any]:
-    """Where the time of two steps goes; the profiler takes some itself."""
-    took: dict[str, float] = {}
-    once(on, name, method, side, WARM + 2, took)
-    return {"took": took}
-
-
-def profiles(rows: list[dict[str, Any]]) -> str:
-    """Markdown: where ours is busy, in percent of the time that the device is; and for how much of a step it is."""
-    if not rows:
-        return ""
-    lines = [
-        "",
-        "Where the time goes (`--profile`, ours): the device's, in percent of what it is busy for, a step of so many",
-        "milliseconds without the profiler, and how long it is busy in one. In the rest it waits for the host.",
-        "",
-        "| GPU | model | method | " + " | ".join(KINDS) + " | rest | busy | step |",
-        "|---|---|---|" + "---|" * (len(KINDS) + 3),
-    ]
-    for row in rows:
-        model, method, device, _ = row["key"]
-        took, busy = row["took"], row["took"]["device"]
-        shares = [took[kind] / busy for kind in KINDS]
-        cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
-        step = row["tokens_per_step"] / row["tokens_per_second"]
-        lines.append(f"| {device} | {model} | {method} | {' | '.join(cells)} | {1e3 * busy:.0f} | {1e3 * step:.0f} |")
-    return "\n".join(lines)
-
-
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a method and a model."""
+    """Markdown: a line a side of a method on a model, and where the time of ours goes."""
     lines = []
     for device in dict.fromkeys(row["key"][2] for row in rows):
-        mine = [row for row in rows if row["key"][2] == device]
+        mine = [row for row in rows if row["key"][2] == device and "runs" in row]
         where = mine[0]
         best = statistics.median(row["peak"] for row in mine)
         lines += [
@@ -473,14 +430,41 @@ def table(rows: list[dict[str, Any]]) -> str:
             rounds = [row for row in mine if row["key"][:2] == [model, method]]
             sides = [run["side"] for run in rounds[0]["runs"]]
             lines += [f"| {model} | {method} | {_cells(rounds, method, side)} |" for side in sides]
+        lines += _profiles([row for row in rows if row["key"][2] == device])
     return "\n".join(lines)
+
+
+def _profiles(rows: list[dict[str, Any]]) -> list[str]:
+    """Where ours is busy, in percent of the time that the device is; and for how much of a step it is."""
+    found = [row for row in rows if "took" in row]
+    if not found:
+        return []
+    lines = [
+        "",
+        "Where the time of ours goes (`--profile`): the device's, in percent of what it is busy for, and how many",
+        "milliseconds that is of a step. In the rest it waits for the host, which the profiler slows down: the step's",
+        "milliseconds are those without it.",
+        "",
+        "| model | method | " + " | ".join(KINDS) + " | rest | busy | step |",
+        "|---|---|" + "---|" * (len(KINDS) + 3),
+    ]
+    for row in found:
+        model, method = row["key"][:2]
+        took, busy = row["took"], row["took"]["device"]
+        shares = [took[kind] / busy for kind in KINDS]
+        cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
+        runs = [one["runs"][0] for one in rows if one["key"][:2] == row["key"][:2] and "runs" in one]
+        step = statistics.median(run["tokens_per_step"] / run["tokens_per_second"] for run in runs)
+        lines.append(f"| {model} | {method} | {' | '.join(cells)} | {1e3 * busy:.0f} | {1e3 * step:.0f} |")
+    return lines
 
 
 def _cells(rounds: list[dict[str, Any]], method: str, side: str) -> str:
     found = [{run["side"]: run for run in row["runs"]} for row in rounds]
     runs = [one[side] for one in found]
-    if any("out_of_memory" in one for one in runs):
-        return f"{side} | out of memory | - | - | - | {len(runs)}"
+    failed = next((one["failed"] for one in runs if "failed" in one), "")
+    if failed:
+        return f"{side} | {failed} | - | - | - | {len(runs)}"
     speed = statistics.median(one["tokens_per_second"] for one in runs)
     first = rounds[0]
     # a head over a vocabulary passes its gradient on, and has one of its own where it is trained
@@ -489,7 +473,7 @@ def _cells(rounds: list[dict[str, Any]], method: str, side: str) -> str:
     ratios = [
         one["ours"]["tokens_per_second"] / one[side]["tokens_per_second"]
         for one in found
-        if "out_of_memory" not in one["ours"]
+        if "failed" not in one["ours"]
     ]
     times = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if ratios else "-"
     memory = max(one["peak_bytes"] for one in runs) / 2**30

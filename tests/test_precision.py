@@ -491,6 +491,107 @@ class TestCasts:
         assert torch.equal(layer(inputs), inputs * 2)
 
 
+class TestCastsTogether:
+    """As on a GPU: trained weights in one call a forward, and what several layers are given once."""
+
+    @staticmethod
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 5, bias=False), nn.Linear(5, 3))
+
+    @staticmethod
+    def gradients(model: nn.Module, rows: Any) -> list[torch.Tensor]:
+        """Added up over rows that are computed one after the other."""
+        model.zero_grad()
+        for row in rows:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(row)
+            output.float().square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    @pytest.mark.parametrize("frozen", [(), ("0.weight",), ("0.bias", "2.weight", "3.weight", "3.bias")])
+    def test_the_same_as_autocast_to_the_last_bit(self, frozen: tuple[str, ...]) -> None:
+        model, rows = self.model(), torch.randn(3, 4, 6)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
+        expected = self.gradients(model, rows)
+        casts = Casts(model, together=True)
+        for _ in range(2):
+            with casts.open(), Count((8, 6)) as counted:
+                found = self.gradients(model, rows)
+            assert len(found) == 5 - len(frozen)
+            assert all(map(torch.equal, found, expected))
+            assert {one.dtype for one in found} == {torch.float32}
+            assert "0.weight" in frozen or not counted.casts, "but for those that are made together"
+
+    @pytest.mark.parametrize("hidden", [True, False], ids=["through .data", "seen by autograd"])
+    @pytest.mark.parametrize("inside", [True, False], ids=["a part by itself", "the model"])
+    def test_weights_that_change_between_two_forwards(self, hidden: bool, inside: bool) -> None:
+        """As for adversarial weights, within one step. A part by itself shows what autograd sees."""
+        if hidden and inside:
+            return
+        model, rows = self.model(), torch.randn(1, 4, 6)
+        part = model[0] if inside else model
+
+        def twice() -> list[torch.Tensor]:
+            first = self.gradients(part, rows)
+            with torch.no_grad():
+                (part[0] if not inside else part).weight.data.mul_(2) if hidden else model[0].weight.mul_(2)
+            second = self.gradients(part, rows)
+            with torch.no_grad():
+                model[0].weight.div_(2)
+            return [*first, *second]
+
+        expected = twice()
+        with Casts(model, together=True).open():
+            assert all(map(torch.equal, twice(), expected))
+
+    def test_what_layers_share_is_cast_once(self) -> None:
+        class Branches(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.parts = nn.ModuleList(nn.Linear(6, 4) for _ in range(3))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                inner = x + 1  # autocast itself keeps the casts of leaves
+                return sum(part(inner) * number for number, part in enumerate(self.parts, 1))  # type: ignore[return-value]
+
+        model, x = Branches(), torch.randn(7, 6, requires_grad=True)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                output: torch.Tensor = model(x)
+            return torch.autograd.grad(output.float().square().sum(), x)[0]
+
+        with Count((7, 6)) as plain:
+            expected = run(x)
+        with Casts(model, together=True).open(), Count((7, 6)) as counted:
+            found = run(x)
+            assert (plain.casts, counted.casts) == (3, 1)
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+            with torch.no_grad():
+                x.mul_(2)
+            assert not torch.equal(run(x), found), "x has changed"
+
+    def test_gradients_of_gradients(self) -> None:
+        model, x = self.model(), torch.randn(4, 6)
+
+        def penalty() -> list[torch.Tensor]:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(x)
+            weights = [model[0].weight, model[2].weight]
+            sum(
+                one.square().sum()
+                for one in torch.autograd.grad(output.float().square().sum(), weights, create_graph=True)
+            ).backward()
+            return [one.grad for one in weights]  # type: ignore[misc]
+
+        expected = penalty()
+        with Casts(model, together=True).open():
+            assert all(map(torch.equal, penalty(), expected))
+
+
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., HybridTrainer]:
     """Builds a trainer of a tiny model under bf16, three steps an epoch."""
@@ -555,7 +656,7 @@ def test_a_training_gives_what_plain_autocast_gives(
     trainer, plain = (build(rules, name=name, engine=engine) for _ in range(2))
     before = weights(trainer)
     found = losses(trainer)
-    monkeypatch.setattr("hybridtune.update.Casts", lambda model: None)
+    monkeypatch.setattr("hybridtune.update.Casts", lambda model, together: None)
     assert found == losses(plain)
     after, expected = weights(trainer), weights(plain)
     assert all(torch.equal(after[key], expected[key]) for key in expected)
@@ -564,6 +665,22 @@ def test_a_training_gives_what_plain_autocast_gives(
     assert len(frozen) > 10
     for key in frozen:
         assert torch.equal(after[key], before[key.replace(".base_layer", "")]), key
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}], ids=["", "checkpointing"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("method", ["full", "lora", "bias"])
+def test_a_training_with_casts_together(
+    build: Callable[..., HybridTrainer], monkeypatch: pytest.MonkeyPatch, method: str, name: str, more: dict[str, Any]
+) -> None:
+    """As on a GPU: to the last bit but for sums of gradients that layers share, and near with them."""
+    rules = FULL if method == "full" else [{"part": "layers", "method": method}, LORA[1]]
+    plain = losses(build(rules, name=name, **more))
+    monkeypatch.setattr("hybridtune.update.Casts", lambda model, together: Casts(model, together=True))
+    near = losses(build(rules, name=name, **more))
+    assert near == pytest.approx(plain, rel=0.05)
+    monkeypatch.setattr(Casts, "given", lambda self, inputs, dtype: inputs)
+    assert losses(build(rules, name=name, **more)) == plain
 
 
 def test_what_is_trained_is_in_fp32_and_casts_end_with_the_stage(build: Callable[..., HybridTrainer]) -> None:
@@ -634,7 +751,7 @@ def test_a_merge_is_into_the_original(build: Callable[..., HybridTrainer]) -> No
 def test_layers_that_take_turns(build: Callable[..., HybridTrainer], monkeypatch: pytest.MonkeyPatch) -> None:
     rules = [{"part": "layers", "method": "full", "active": {"layers": 1, "every": 1, "order": "cycle"}}, LORA[1]]
     found = losses(build(rules))
-    monkeypatch.setattr("hybridtune.update.Casts", lambda model: None)
+    monkeypatch.setattr("hybridtune.update.Casts", lambda model, together: None)
     assert found == losses(build(rules))
 
 

@@ -82,7 +82,10 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self._tried_on_data = False
         self._choose_loss()
         # Of frozen weights. DataParallel's replicas have weights of their own, and compiled code its own casts.
-        self._casts = Casts(self.model) if self.accelerator.native_amp and not self._sharded else None
+        on_gpu = self._engine_asked == "auto" and self.args.device.type != "cpu"
+        together = on_gpu and self.args.world_size == 1  # several processes add up gradients as they come, one by one
+        mixed = self.accelerator.native_amp and not self._sharded
+        self._casts = Casts(self.model, together=together) if mixed else None
 
     @property
     def _loss(self) -> Loss:

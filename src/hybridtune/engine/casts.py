@@ -1,8 +1,9 @@
-"""Weights that do not change cast to the type of autocast once, instead of in every forward."""
+"""What autocast would cast again and again: weights that do not change, once; on a GPU those that do, in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
+from .decoder import head_of
 from .patch import patch
 
 
@@ -45,10 +47,15 @@ class Casts:
         model: as a stage has it.
         still: whether nothing is trained meanwhile: then weights that could be are copied as frozen ones are. Not every
             optimizer lets a write be seen.
+        together: whether trained weights are cast in one call a forward, and what several layers are given, as those of
+            queries, keys and values are, once. For a GPU, where to start an operation takes longer than most of them,
+            and a quarter of all were such casts. Gradients of weights are those of autocast, to the last bit; that of
+            what layers share is summed in half precision, and not in fp32.
     """
 
-    def __init__(self, model: nn.Module, still: bool = False) -> None:
-        self._still = still
+    def __init__(self, model: nn.Module, still: bool = False, together: bool = False) -> None:
+        self._model = model
+        self._still, self._together = still, together
         self._keeps = True
         self._linear = [
             module
@@ -58,6 +65,13 @@ class Casts:
         # PEFT merges through `.data`
         self._adapted = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
         self._copies: dict[nn.Module, tuple[Any, torch.Tensor, torch.Tensor]] = {}
+        head = head_of(model)
+        apart = (
+            set(head.modules()) if head is not None else set()
+        )  # see `vocabulary`, which asks what its graph leads to
+        self._joined = [module for module in self._linear if module not in apart] if together else []
+        self._trained: dict[nn.Parameter, tuple[Any, torch.Tensor]] = {}  # of this forward
+        self._shared: tuple[Any, Any, torch.Tensor] | None = None
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -66,7 +80,36 @@ class Casts:
             for module in self._linear:
                 if "forward" not in vars(module):
                     patch(module, "forward", partial(self._run, module), undo)
+            if self._together:
+                undo.callback(self._forget)
+                undo.callback(self._model.register_forward_pre_hook(self._forget).remove)
             yield
+
+    def _forget(self, *_: Any) -> None:
+        self._trained, self._shared = {}, None
+
+    def trained(self, weight: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+        """A trained weight in the type that autocast computes in, with its gradient; itself where it is left alone."""
+        if not (self._joined and torch.is_grad_enabled() and weight.requires_grad and weight.dtype == torch.float32):
+            return weight
+        known = self._trained.get(weight)
+        if not self._trained or (known and (known[0] != written(weight) or known[1].dtype != dtype)):
+            every: Iterator[Any] = (one for module in self._joined for one in (module.weight, module.bias))
+            kept = (one for one in every if one is not None and one.requires_grad and one.dtype == torch.float32)
+            found: list[nn.Parameter] = [*dict.fromkeys(kept)]
+            copies = _Joined.apply(dtype, *found) if found else ()  # type: ignore[no-untyped-call]
+            self._trained = {one: (written(one), copy) for one, copy in zip(found, copies, strict=True)}
+            known = self._trained.get(weight)
+        return weight if known is None else known[1]
+
+    def given(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What a layer is given in the type that autocast computes in; itself where it is left alone."""
+        if not self._together or inputs.dtype != torch.float32:
+            return inputs
+        state = written(inputs), dtype, torch.is_grad_enabled()
+        if self._shared is None or self._shared[0]() is not inputs or self._shared[1] != state:
+            self._shared = weakref.ref(inputs), state, inputs.to(dtype)
+        return self._shared[2]
 
     def give_up(self) -> bool:
         """Drops all copies and keeps none from now on, where memory is short; whether there were any."""
@@ -89,7 +132,34 @@ class Casts:
     def _run(self, linear: Any, inputs: torch.Tensor) -> torch.Tensor:
         weight, dtype = linear.weight, autocast_type(inputs.device)
         trained = weight.requires_grad and not self._still
-        if dtype is None or trained or weight.dtype != torch.float32:
+        if dtype is None or weight.dtype != torch.float32:
             self._copies.pop(linear, None)
             return nn.Linear.forward(linear, inputs)
-        return F.linear(inputs, self.weight(linear, dtype), linear.bias)
+        bias = linear.bias if linear.bias is None else self.trained(linear.bias, dtype)
+        if trained:
+            self._copies.pop(linear, None)
+        cast = self.trained(weight, dtype) if trained else self.weight(linear, dtype)
+        return F.linear(self.given(inputs, dtype), cast, bias)
+
+
+class _Joined(torch.autograd.Function):
+    """Copies of weights in another type, all in one call, and their gradients in another."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(weights, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        there = [one for one in gradients if one is not None]
+        again = torch.is_grad_enabled()  # their own gradients are asked for
+        found = iter([one.float() for one in there] if again else _cast(there, torch.float32))
+        return None, *(None if one is None else next(found) for one in gradients)
+
+
+def _cast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    made = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if made:
+        torch._foreach_copy_(made, list(tensors))
+    return made

@@ -112,9 +112,12 @@ def _forward(layer: Linear, own: Any, casts: Casts | None, x: torch.Tensor, *arg
         result: torch.Tensor = own(x, *args, **kwargs)
         return result
     name, base, dtype = layer.active_adapters[0], layer.base_layer, autocast_type(x.device)
-    tensors = [x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight]
+    thin = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+    tensors = [x, base.weight, base.bias, *thin]
     if dtype is not None:
-        tensors[1] = casts.weight(base, dtype) if casts else base.weight
+        if casts:
+            tensors[:2] = casts.given(x, dtype), casts.weight(base, dtype)
+            tensors[3:] = (casts.trained(one, dtype) for one in thin)
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
     with torch.autocast(x.device.type, enabled=False):
         product: torch.Tensor = _Product.apply(*tensors, layer.scaling[name])  # type: ignore[no-untyped-call]
