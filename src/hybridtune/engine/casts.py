@@ -64,7 +64,7 @@ class Casts:
         ]
         # PEFT merges through `.data`
         self._adapted = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
-        self._copies: dict[nn.Module, tuple[Any, torch.Tensor, torch.Tensor]] = {}
+        self._copies: dict[nn.Module, tuple[Any, Any, list[Any]]] = {}  # with what they were made from
         head = head_of(model)
         apart = (
             set(head.modules()) if head is not None else set()
@@ -117,29 +117,39 @@ class Casts:
         self._copies.clear()
         return had
 
-    def weight(self, linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-        """A layer's weight, without a gradient, in the type that autocast computes in."""
-        weight, adapted = linear.weight, self._adapted.get(linear)
-        state = written(weight), tuple(adapted.merged_adapters) if adapted else ()
+    def frozen(self, linear: nn.Linear, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A layer's weight, and its bias unless that is trained, in the type that autocast computes in."""
+        held: list[Any] = [linear.weight, None if self._trains(linear.bias) else linear.bias]
+        adapted = self._adapted.get(linear)
+        states = [None if one is None else written(one) for one in held]
+        state = *states, tuple(adapted.merged_adapters) if adapted else ()
         known = self._copies.get(linear)
-        if known is None or known[0] != state or known[-1].dtype != dtype:
-            original = weight.detach()  # kept, so that no other tensor gets its place in memory
-            known = state, original, original.to(dtype)
+        if known is None or known[0] != state or known[-1][0].dtype != dtype:
+            originals = [None if one is None else one.detach() for one in held]
+            copies = [None if one is None else one.to(dtype) for one in originals]
+            known = state, originals, copies  # the originals, so that no other tensor gets their place in memory
             if self._keeps:
                 self._copies[linear] = known
-        return known[-1]
+        weight, bias = known[-1]
+        return weight, bias
 
     def _run(self, linear: Any, inputs: torch.Tensor) -> torch.Tensor:
-        weight, dtype = linear.weight, autocast_type(inputs.device)
-        trained = weight.requires_grad and not self._still
-        if dtype is None or weight.dtype != torch.float32:
+        dtype = autocast_type(inputs.device)
+        if dtype is None or linear.weight.dtype != torch.float32:
             self._copies.pop(linear, None)
             return nn.Linear.forward(linear, inputs)
-        bias = linear.bias if linear.bias is None else self.trained(linear.bias, dtype)
-        if trained:
+        weight, bias = linear.weight, linear.bias
+        if self._trains(weight):
             self._copies.pop(linear, None)
-        cast = self.trained(weight, dtype) if trained else self.weight(linear, dtype)
-        return F.linear(self.given(inputs, dtype), cast, bias)
+            cast, kept = self.trained(weight, dtype), bias
+        else:
+            cast, kept = self.frozen(linear, dtype)
+        if self._trains(bias):
+            kept = self.trained(bias, dtype)
+        return F.linear(self.given(inputs, dtype), cast, kept)
+
+    def _trains(self, parameter: nn.Parameter | None) -> bool:
+        return parameter is not None and parameter.requires_grad and not self._still
 
 
 class _Joined(torch.autograd.Function):

@@ -116,7 +116,7 @@ def _forward(layer: Linear, own: Any, casts: Casts | None, x: torch.Tensor, *arg
     tensors = [x, base.weight, base.bias, *thin]
     if dtype is not None:
         if casts:
-            tensors[:2] = casts.given(x, dtype), casts.weight(base, dtype)
+            tensors[:3] = casts.given(x, dtype), *casts.frozen(base, dtype)
             tensors[3:] = (casts.trained(one, dtype) for one in thin)
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
     with torch.autocast(x.device.type, enabled=False):
