@@ -133,7 +133,8 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 PRODUCTS = {"full": 3, "lora": 2}  # of a token with a weight of the layers, forwards and backwards
 ENCODERS = ("ours", "trainer", "grouped")
 DECODERS = ("ours", "trainer", "packed", "liger", "packed+liger", "ours+liger")
-BATCHES, EPOCHS = 3, 4  # the first of which does not count
+BATCHES, EPOCHS = 3, 4
+STEPS = f"{BATCHES} batches {EPOCHS} times, the first of which does not count"
 # What torch's operations are for, by the device's time; what kernels it calls otherwise is the rest.
 KINDS = {
     "products with weights": r"aten::(mm|addmm_?)",
@@ -191,7 +192,10 @@ class Sides:
 
 def run(asked: argparse.Namespace, sides: Sides, number: int, model: str, method: str) -> None:
     """All sides of one method on one model in one round, where it is not there yet, and the profile of ours."""
-    record, about = Record(asked.results), {**sizes(model), **sides.machine, "date": time.strftime("%Y-%m-%d")}
+    record, about = (
+        Record(asked.results),
+        {**sizes(model), **sides.machine, "steps": STEPS, "date": time.strftime("%Y-%m-%d")},
+    )
     key = [model, method, sides.machine["device"]]
     if not record.has([*key, number]):
         runs = []
@@ -422,7 +426,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         best = statistics.median(row["peak"] for row in mine)
         lines += [
             f"\n**{device}** (torch {where['torch']}, transformers {where['transformers']}, PEFT {where['peft']}, "
-            f"{where['date']}; a large product in bf16: {best:.0f} TFLOP/s)\n",
+            f"{where['date']}; {where['steps']}; a large product in bf16: {best:.0f} TFLOP/s)\n",
             "| model | method | side | tokens/s | of peak | ours, times as fast | memory | rounds |",
             "|---|---|---|---|---|---|---|---|",
         ]
