@@ -192,10 +192,8 @@ class Sides:
 
 def run(asked: argparse.Namespace, sides: Sides, number: int, model: str, method: str) -> None:
     """All sides of one method on one model in one round, where it is not there yet, and the profile of ours."""
-    record, about = (
-        Record(asked.results),
-        {**sizes(model), **sides.machine, "steps": STEPS, "date": time.strftime("%Y-%m-%d")},
-    )
+    record = Record(asked.results)
+    about = {**sizes(model), **sides.machine, "steps": STEPS, "date": time.strftime("%Y-%m-%d")}
     key = [model, method, sides.machine["device"]]
     if not record.has([*key, number]):
         runs = []
