@@ -60,6 +60,8 @@ from transformers.utils import is_liger_kernel_available
 
 from hybridtune import environment
 from hybridtune.anatomy import Anatomy
+from hybridtune.engine import varlen
+from hybridtune.errors import first_line
 from hybridtune.memory import PeakMemory
 from hybridtune.recipe import Stage
 from hybridtune.train import HybridTrainer
@@ -183,7 +185,7 @@ class Sides:
         try:
             return process.submit(once, self.device, model, method, side, profile).result()
         except Exception as error:
-            return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+            return {"failed": f"{type(error).__name__}: {first_line(error, 120)}"}
 
     def peak(self) -> float:
         """TFLOP/s of the device."""
@@ -203,7 +205,9 @@ def run(asked: argparse.Namespace, sides: Sides, number: int, model: str, method
                 print(number, model, method, json.dumps(runs[-1]), flush=True)
         record.add({"key": [*key, number], "runs": runs, "peak": sides.peak(), **about})
     if asked.profile and not record.has([*key, "profile"]):
-        record.add({"key": [*key, "profile"], **sides.once(model, method, "ours", profile=True), **about})
+        found = sides.once(model, method, "ours", profile=True)
+        if "took" in found:
+            record.add({"key": [*key, "profile"], **found, **about})
 
 
 def machine(on: str) -> dict[str, Any]:
@@ -282,9 +286,8 @@ def flash(
         return torch.cat(found, 2).transpose(1, 2), None
     dtype = torch.get_autocast_dtype(query.device.type)
     states = (one.to(dtype).squeeze(0).transpose(0, 1) for one in (query, key, value))
-    bounds, longest = [cu_seq_lens_q] * 2, [max_length_q] * 2
-    kernel: Any = torch.ops.aten._flash_attention_forward
-    return kernel(*states, *bounds, *longest, 0.0, True, return_debug_mask=False, scale=scaling)[0][None], None
+    assert scaling is not None
+    return varlen.flash(*states, cu_seq_lens_q, max_length_q, True, scaling, 0.0)[None], None
 
 
 hf.AttentionInterface.register("packed", flash)
@@ -456,7 +459,9 @@ def _profiles(rows: list[dict[str, Any]]) -> list[str]:
         shares = [took[kind] / busy for kind in KINDS]
         cells = [f"{share:.0%}" for share in (*shares, 1 - sum(shares))]
         runs = [one["runs"][0] for one in rows if one["key"][:2] == row["key"][:2] and "runs" in one]
-        step = statistics.median(run["tokens_per_step"] / run["tokens_per_second"] for run in runs)
+        step = statistics.median(
+            one["tokens_per_step"] / one["tokens_per_second"] for one in runs if "failed" not in one
+        )
         lines.append(f"| {model} | {method} | {' | '.join(cells)} | {1e3 * busy:.0f} | {1e3 * step:.0f} |")
     return lines
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from torch.nn import functional
+from transformers import TrainingArguments
 
 from hybridtune import engine
 from hybridtune.engine import varlen
 from hybridtune.engine.layout import Layout
+from hybridtune.recipe import Stage
+from hybridtune.train import HybridTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -42,7 +48,7 @@ def test_a_kernel_gives_the_same(heads: int, causal: bool) -> None:
     """Values and gradients, to the roundings of half precision."""
     torch.manual_seed(0)
     given = states(), states(heads), states(heads)
-    found, expected = varlen._torch(*given, *rows(), causal, 0.1, 0.0), alone(*given, causal, 0.1)
+    found, expected = varlen.flash(*given, *rows(), causal, 0.1, 0.0), alone(*given, causal, 0.1)
     along = torch.randn_like(found)
     for one, other in [
         (found, expected),
@@ -57,7 +63,7 @@ def test_a_kernel_drops_weights() -> None:
     """Of ones each token keeps the share of its row's tokens that were not dropped, on average all."""
     torch.manual_seed(0)
     query, ones = torch.zeros_like(states()), torch.ones_like(states())
-    kept = varlen._torch(query, query, ones, *rows(), False, 0.1, 0.5)[-129:, :, 0].float()
+    kept = varlen.flash(query, query, ones, *rows(), False, 0.1, 0.5)[-129:, :, 0].float()
     assert kept.mean().item() == pytest.approx(1, abs=0.02)
     assert kept.var().item() == pytest.approx(1 / 129, rel=0.2)
 
@@ -82,3 +88,42 @@ def test_a_model_proves_itself(name: str, half: bool) -> None:
             with found.open():
                 packed = model(**batch).logits
     assert float((packed - padded).norm() / padded.norm()) < (0.05 if half else 1e-4)
+
+
+DRY = {
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "qwen3": dict[str, float](),
+    "t5": {"dropout_rate": 0.0},
+}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("name", list(DRY))
+def test_a_training_gives_what_trainer_gives(name: str, method: str, tmp_path: Path) -> None:
+    """Losses in bf16, dropout off: with norms of torch's, casts together and rows without padding."""
+    rules = [{"part": "layers", "method": method}, {"part": "head", "method": "full"}]
+    dataset = Dataset.from_dict(
+        {"input_ids": [[2, *range(4, 4 + number), 3] for number in range(3, 27)], "labels": [0, 1] * 12}
+    )
+
+    def losses(way: str) -> list[float]:
+        model = tiny.classifier(name, **DRY[name])
+        tiny.shake(model.parameters())
+        model._hybridtune_new = ()
+        given = TrainingArguments(
+            str(tmp_path / way),
+            num_train_epochs=3,
+            per_device_train_batch_size=8,
+            logging_steps=1,
+            bf16=True,
+            report_to=[],
+        )
+        stage = Stage.model_validate({"rules": rules})
+        trainer = HybridTrainer(model, given, strategy=[stage], train_dataset=dataset, engine=way)
+        trainer.train()
+        assert trainer.engine is not None
+        assert trainer.engine.on == (way == "auto")
+        assert bool(trainer.engine.norms) == (way == "auto" and name != "bert")
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses("auto") == pytest.approx(losses("off"), rel=0.05)

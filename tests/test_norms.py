@@ -12,9 +12,12 @@ import tiny
 import torch
 from test_engine import padded
 from torch import nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+from hybridtune import engine
 from hybridtune.engine import norms
 
 FAST = {"llama": 7, "qwen3": 13, "t5": 17}
@@ -72,6 +75,8 @@ def test_other_formulas_are_left_alone() -> None:
     patched.forward = lambda x: x  # type: ignore[method-assign]
     seen: list[torch.Tensor] = []
     hooked.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for width in (8, 1024):
+        assert not norms.find(CohereLayerNorm(width).bfloat16()), "which takes off the mean"
     for module in (GemmaRMSNorm(8), nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8), Odd(8, 0.1), patched):
         assert not norms.find(module), type(module)
     assert norms.find(hooked) == (hooked,)
@@ -86,6 +91,44 @@ def test_what_is_of_another_type_than_the_weight_goes_the_models_way() -> None:
         found = module(x)
     assert found.dtype == expected.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+def test_where_eps_stands() -> None:
+    """Beside the mean of squares or beside its root: only small rows tell."""
+
+    class Beside(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            root = hidden_states.pow(2).mean(-1, keepdim=True).sqrt()
+            return self.weight * hidden_states / (root + self.variance_epsilon)
+
+    Beside.__module__ = LlamaRMSNorm.__module__
+    assert norms.find(LlamaRMSNorm(16, 1e-6))
+    assert not norms.find(Beside(16, 1e-6))
+
+
+def test_a_gate() -> None:
+    """Without it the formula is the same; with it the module's own is asked."""
+    module, x, gate = MambaRMSNormGated(16, 16), torch.randn(3, 16), torch.randn(3, 16)
+    expected = module(x), module(x, gate)
+    assert norms.find(module)
+    with ExitStack() as undo:
+        norms.speed_up([module], undo)
+        torch.testing.assert_close((module(x), module(x, gate)), expected)
+
+
+def test_norms_that_are_others_in_the_model_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows run without padding all the same."""
+    model = tiny.classifier("llama")
+    tiny.shake(model.parameters())
+    monkeypatch.setattr(norms, "pays", lambda device: True)
+    found = engine.start(model, padded())
+    assert found.on
+    assert len(found.norms) == FAST["llama"]
+    forward = norms._forward
+    monkeypatch.setattr(norms, "_forward", lambda *given: forward(*given) * (1.5 if given[1] else 1))
+    found = engine.start(model, padded())
+    assert found.on
+    assert not found.norms
 
 
 def test_opened_twice_and_left_by_an_error() -> None:

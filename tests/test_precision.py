@@ -26,7 +26,7 @@ import hybridtune
 from hybridtune import checkpoint, environment
 from hybridtune.console import Console
 from hybridtune.engine import Caches, precision
-from hybridtune.engine.casts import Casts
+from hybridtune.engine.casts import Casts, _Joined
 from hybridtune.engine.precision import FASTER, FEW, LONGEST, REPEATS, ROWS, Choice, Probe, choose, compare
 from hybridtune.errors import RecipeError
 from hybridtune.recipe import Recipe, Stage, Strategy
@@ -524,22 +524,40 @@ class TestCastsTogether:
             assert {one.dtype for one in found} == {torch.float32}
             assert "0.weight" in frozen or not counted.casts, "but for those that are made together"
 
-    @pytest.mark.parametrize("hidden", [True, False], ids=["through .data", "seen by autograd"])
-    @pytest.mark.parametrize("inside", [True, False], ids=["a part by itself", "the model"])
-    def test_weights_that_change_between_two_forwards(self, hidden: bool, inside: bool) -> None:
-        """As for adversarial weights, within one step. A part by itself shows what autograd sees."""
-        if hidden and inside:
-            return
+    def test_in_one_call_a_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, rows = self.model(), torch.randn(2, 4, 6)
+        expected, apply = self.gradients(model, rows), _Joined.apply
+        for limit, calls in ((10**6, 1), (95, 2), (1, 5)):  # 48, 8, 40, 15 and 3 numbers
+            made: list[int] = []
+            monkeypatch.setattr(_Joined, "apply", lambda *given, made=made: made.append(len(given)) or apply(*given))
+            monkeypatch.setattr("hybridtune.engine.casts.GROUP", limit)
+            casts = Casts(model, together=True)
+            with casts.open():
+                assert all(map(torch.equal, self.gradients(model, rows), expected))
+                assert not casts._trained
+                assert not casts._shared
+            assert len(made) == 2 * calls, "two forwards"
+            assert sum(made) == 2 * (calls + 5)
+
+    def test_what_is_trained_but_not_used_gets_no_gradient(self) -> None:
+        model, x = self.model(), torch.randn(4, 6)
+        with Casts(model, together=True).open(), torch.autocast("cpu", torch.bfloat16):
+            model[:1](x).float().sum().backward()
+        assert [one.grad is not None for one in model.parameters()] == [True, True, False, False, False]
+
+    @pytest.mark.parametrize("whole", [True, False], ids=["the model", "a part by itself"])
+    def test_weights_that_change_between_two_forwards(self, whole: bool) -> None:
+        """As adversarial ones do, within one step: through `.data` too, but where a part is called by itself."""
         model, rows = self.model(), torch.randn(1, 4, 6)
-        part = model[0] if inside else model
+        part = model if whole else model[0]
 
         def twice() -> list[torch.Tensor]:
-            first = self.gradients(part, rows)
+            first, weight = self.gradients(part, rows), model[0].weight
             with torch.no_grad():
-                (part[0] if not inside else part).weight.data.mul_(2) if hidden else model[0].weight.mul_(2)
+                (weight.data if whole else weight).mul_(2)
             second = self.gradients(part, rows)
             with torch.no_grad():
-                model[0].weight.div_(2)
+                weight.div_(2)
             return [*first, *second]
 
         expected = twice()
@@ -569,9 +587,60 @@ class TestCastsTogether:
             found = run(x)
             assert (plain.casts, counted.casts) == (3, 1)
             torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+    def test_what_is_shared_is_not_shared_with_what_differs(self) -> None:
+        """One layer that is given one tensor: with gradients, without, after it was written to, in inference."""
+        layer, x = nn.Linear(6, 4).requires_grad_(False), torch.randn(7, 6)
+        with Casts(layer, together=True).open(), torch.autocast("cpu", torch.bfloat16):
+            casts_of = layer.forward
+
+            def seen(given: torch.Tensor) -> torch.Tensor:
+                found: torch.Tensor = casts_of(given)  # without the hooks that end a forward
+                torch.testing.assert_close(found, nn.functional.linear(given, layer.weight, layer.bias))
+                return found
+
+            seen(x)
+            x.mul_(3)
+            seen(x)
+            x.requires_grad_()
             with torch.no_grad():
-                x.mul_(2)
-            assert not torch.equal(run(x), found), "x has changed"
+                seen(x)
+            assert seen(x).requires_grad
+            with torch.inference_mode():
+                fixed = torch.randn(7, 6)
+                seen(fixed)
+                fixed.mul_(3)
+                seen(fixed)
+
+    def test_a_head_over_a_vocabulary_is_left_alone(self) -> None:
+        """Its loss looks for what its graph leads to, and a module that shares its weight is no other weight."""
+        model = tiny.language_model("llama")
+        model.draft = nn.Linear(32, 100, bias=False)
+        model.draft.weight = model.lm_head.weight
+        casts = Casts(model, together=True)
+        with casts.open():
+            grouped = set(casts._groups)
+        assert model.lm_head.weight not in grouped
+        assert grouped == {
+            one
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and name not in ("lm_head", "draft")
+            for one in module.parameters()
+        }
+
+    def test_functions_of_torch_func(self) -> None:
+        model, x = self.model(), torch.randn(4, 6)
+
+        def loss(parameters: Any) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                output: torch.Tensor = torch.func.functional_call(model, parameters, (x,))
+            return output.float().square().sum()
+
+        given = {name: one.detach() for name, one in model.named_parameters()}
+        expected = torch.func.grad(loss)(given)
+        with Casts(model, together=True).open():
+            found = torch.func.grad(loss)(given)
+        assert all(torch.equal(found[name], one) for name, one in expected.items())
 
     def test_gradients_of_gradients(self) -> None:
         model, x = self.model(), torch.randn(4, 6)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +52,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         made.append(args[5])
         return by_hand(*args)
 
-    monkeypatch.setattr(varlen, "kernel_for", lambda query, value: kernel)
+    monkeypatch.setattr(varlen, "fits", lambda query, value: True)
+    monkeypatch.setattr(varlen, "flash", kernel)
     return made
 
 
@@ -76,61 +76,38 @@ def test_a_decoder_gives_the_same(name: str, side: str, calls: list[bool]) -> No
     assert calls == [True] * 3
 
 
-def states(heads: int = 4) -> torch.Tensor:
-    return torch.randn(9, heads, 8, dtype=torch.double)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("heads", [4, 2])
 def test_torchs_kernel_takes_these_arguments(heads: int, dropout: float) -> None:
     """Their shapes, without a GPU: on the meta device."""
     q, k = (torch.empty(9, number, 8, device="meta", dtype=torch.bfloat16) for number in (4, heads))
     bounds = torch.empty(3, device="meta", dtype=torch.int32)
-    assert varlen._torch(q, k, k, bounds, 7, True, 0.3, dropout).shape == q.shape
-
-
-def test_what_flash_attn_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kernel(*args: Any, dropout_p: float, softmax_scale: float, causal: bool) -> torch.Tensor:
-        q, k, v, of_queries, of_keys, longest, longest_key = args
-        assert of_queries is of_keys
-        assert longest == longest_key
-        return by_hand(q, k, v, of_queries, longest, causal, softmax_scale, dropout_p)
-
-    module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = kernel  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    varlen._flash_attn.cache_clear()
-    run = varlen._flash_attn()
-    varlen._flash_attn.cache_clear()
-    assert run is not None
-    given = (states(), states(), states(), torch.tensor([0, 5, 9], dtype=torch.int32), 5, True, 0.3, 0.0)
-    torch.testing.assert_close(run(*given), by_hand(*given))
+    assert varlen.flash(q, k, k, bounds, 7, True, 0.3, dropout).shape == q.shape
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "width", "capability", "installed", "found"),
+    ("device", "dtype", "width", "capability", "built", "fits"),
     [
-        ("cuda", torch.bfloat16, 64, (8, 0), False, "torch"),
-        ("cuda", torch.float16, 256, (9, 0), False, "torch"),
-        ("cuda", torch.bfloat16, 64, (8, 0), True, "flash_attn"),
-        ("cuda", torch.bfloat16, 64, (7, 5), True, None),
-        ("cuda", torch.float32, 64, (8, 0), True, None),
-        ("cuda", torch.bfloat16, 100, (8, 0), True, None),
-        ("cuda", torch.bfloat16, 512, (8, 0), True, None),
-        ("cpu", torch.bfloat16, 64, (8, 0), True, None),
+        ("cuda", torch.bfloat16, 64, (8, 0), True, True),
+        ("cuda", torch.float16, 256, (9, 0), True, True),
+        ("cuda", torch.bfloat16, 64, (7, 5), True, False),
+        ("cuda", torch.bfloat16, 64, (8, 0), False, False),
+        ("cuda", torch.float32, 64, (8, 0), True, False),
+        ("cuda", torch.bfloat16, 100, (8, 0), True, False),
+        ("cuda", torch.bfloat16, 512, (8, 0), True, False),
+        ("cpu", torch.bfloat16, 64, (8, 0), True, False),
     ],
 )
-def test_where_there_is_a_kernel(
+def test_where_the_kernel_can_be_called(
     device: str,
     dtype: torch.dtype,
     width: int,
     capability: tuple[int, int],
-    installed: bool,
-    found: str | None,
+    built: bool,
+    fits: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(varlen, "_torch", "torch")
-    monkeypatch.setattr(varlen, "_flash_attn", lambda: "flash_attn" if installed else None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     tensor: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 9, width))
-    assert varlen.kernel_for(tensor, tensor) == found
+    assert varlen.fits(tensor, tensor) == fits

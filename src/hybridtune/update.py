@@ -81,7 +81,7 @@ class UpdateTrainer(Trainer):  # type: ignore[misc]
         self.engine: Engine | None = None
         self._tried_on_data = False
         self._choose_loss()
-        # Of frozen weights. DataParallel's replicas have weights of their own, and compiled code its own casts.
+        # DataParallel's replicas have weights of their own, and compiled code its own casts.
         on_gpu = self._engine_asked == "auto" and self.args.device.type != "cpu"
         together = on_gpu and self.args.world_size == 1  # several processes add up gradients as they come, one by one
         mixed = self.accelerator.native_amp and not self._sharded

@@ -61,7 +61,7 @@ class Engine:
         """For forwards and their backwards.
 
         Args:
-            casts: of frozen weights, where they are computed in another type than they have.
+            casts: of linear layers, where they are computed in another type than they have.
         """
         with ExitStack() as undo:
             if self.seam:
@@ -102,14 +102,15 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
         changing: why they are not the same every time, which is said where there are such layers.
     """
     modules = tuple(module for module in model.modules() if lora.knows(module))
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    device = next(model.parameters()).device
+    on_cpu = device.type == "cpu"
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     engine = Engine(
         None,
         modules=modules,
         draws=on_cpu,
         tables=Tables(model) if on_cpu and not several else None,
-        norms=() if on_cpu else norms.find(model),
+        norms=norms.find(model) if norms.pays(device) else (),
     )
     config = getattr(model, "config", None)
     skips = [name for name in LAYERDROP if getattr(config, name, 0)]
@@ -128,6 +129,9 @@ def start(model: nn.Module, batch: dict[str, Any], caches: Caches | None = None,
             ask = _question(model, seam, batch)
             padded = ask()
             problem = _check(engine, ask, padded)
+            if problem and engine.norms:
+                engine = replace(engine, norms=())
+                problem = _check(engine, ask, padded)
         if problem:
             return replace(engine, seam=None, reason=problem)
         if changing and _lowest_trained(seam, ask)[0]:

@@ -125,11 +125,10 @@ def attention(
     if crosses and not getattr(module, "has_relative_attention_bias", False):
         bias = None  # T5's zeros: between two texts there is no distance
     function, p = mask.asked["mask_function"], kwargs.get("dropout") or 0.0
-    if inner is sdpa_attention_forward and bias is None and not crosses and is_plain(function):
-        kernel = varlen.kernel_for(query, value)
-        if kernel is not None:
-            causal, states = function is causal_mask_function, (query, key, value)
-            return varlen.attention(kernel, states, mask.keys, causal, kwargs.get("scaling"), p), None
+    whole = inner is sdpa_attention_forward and bias is None and not crosses and is_plain(function)
+    if whole and varlen.fits(query, value):
+        causal, states = function is causal_mask_function, (query, key, value)
+        return varlen.attention(states, mask.keys, causal, kwargs.get("scaling"), p), None
     known: dict[str, Any] = {key: kwargs[key] for key in ("dropout", "scaling", "is_causal") if key in kwargs}
     groups = zip(mask.queries.split(query, 2), mask.keys.split(key, 2), mask.keys.split(value, 2), strict=True)
     results = []

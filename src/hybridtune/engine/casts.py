@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from .decoder import head_of
 from .patch import patch
 
+# Weights that are cast in one call, unless one has more: their gradients wait for each other, in 2 and then 4 bytes.
+GROUP = 2**24
+
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
     """What autocast computes in here; None where it is off."""
@@ -40,17 +43,17 @@ class Casts:
     originals, of which nothing has to be given back. A copy of what was loaded anew, or trained for a while, is made
     again.
 
-    Copies take half the bytes of the fp32 weights, beside them, for as long as this object lives. Plain autocast has as
-    much from every forward to its backward, which needs the cast weights.
+    Copies of frozen weights take half the bytes of the fp32 ones, beside them, for as long as this object lives. Plain
+    autocast has as much from every forward to its backward, which needs the cast weights.
 
     Args:
         model: as a stage has it.
         still: whether nothing is trained meanwhile: then weights that could be are copied as frozen ones are. Not every
             optimizer lets a write be seen.
-        together: whether trained weights are cast in one call a forward, and what several layers are given, as those of
+        together: whether trained weights are cast many in a call, and what several layers are given, as those of
             queries, keys and values are, once. For a GPU, where to start an operation takes longer than most of them,
-            and a quarter of all were such casts. Gradients of weights are those of autocast, to the last bit; that of
-            what layers share is summed in half precision, and not in fp32.
+            and a quarter of all were such casts. The same is computed, to the last bit, but that the gradient of what
+            layers share is summed in half precision, and not in fp32.
     """
 
     def __init__(self, model: nn.Module, still: bool = False, together: bool = False) -> None:
@@ -65,11 +68,7 @@ class Casts:
         # PEFT merges through `.data`
         self._adapted = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
         self._copies: dict[nn.Module, tuple[Any, Any, list[Any]]] = {}  # with what they were made from
-        head = head_of(model)
-        apart = (
-            set(head.modules()) if head is not None else set()
-        )  # see `vocabulary`, which asks what its graph leads to
-        self._joined = [module for module in self._linear if module not in apart] if together else []
+        self._groups: dict[nn.Parameter, list[nn.Parameter]] = {}  # of trained weights, those that are cast with each
         self._trained: dict[nn.Parameter, tuple[Any, torch.Tensor]] = {}  # of this forward
         self._shared: tuple[Any, Any, torch.Tensor] | None = None
 
@@ -81,35 +80,53 @@ class Casts:
                 if "forward" not in vars(module):
                     patch(module, "forward", partial(self._run, module), undo)
             if self._together:
+                self._groups = self._grouped()
                 undo.callback(self._forget)
+                # what of copies is needed afterwards autograd has
                 undo.callback(self._model.register_forward_pre_hook(self._forget).remove)
+                undo.callback(self._model.register_forward_hook(self._forget, always_call=True).remove)
             yield
 
     def _forget(self, *_: Any) -> None:
         self._trained, self._shared = {}, None
 
+    def _grouped(self) -> dict[nn.Parameter, list[nn.Parameter]]:
+        """Trained weights in groups of those that lie side by side; a head's are autocast's business (`vocabulary`)."""
+        head = head_of(self._model)
+        apart = set() if head is None else set(head.parameters())
+        found, group, numbers = dict[nn.Parameter, list[nn.Parameter]](), list[nn.Parameter](), 0
+        every: Iterator[Any] = (one for module in self._linear for one in (module.weight, module.bias))
+        for one in every:
+            if self._trains(one) and one.dtype == torch.float32 and one not in apart and one not in found:
+                if numbers + one.numel() > GROUP:
+                    group, numbers = [], 0
+                group.append(one)
+                found[one], numbers = group, numbers + one.numel()
+        return found
+
     def trained(self, weight: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
         """A trained weight in the type that autocast computes in, with its gradient; itself where it is left alone."""
-        if not (self._joined and torch.is_grad_enabled() and weight.requires_grad and weight.dtype == torch.float32):
+        group = self._groups.get(weight)
+        if group is None or not torch.is_grad_enabled() or _transformed():
             return weight
         known = self._trained.get(weight)
-        if not self._trained or (known and (known[0] != written(weight) or known[1].dtype != dtype)):
-            every: Iterator[Any] = (one for module in self._joined for one in (module.weight, module.bias))
-            kept = (one for one in every if one is not None and one.requires_grad and one.dtype == torch.float32)
-            found: list[nn.Parameter] = [*dict.fromkeys(kept)]
-            copies = _Joined.apply(dtype, *found) if found else ()  # type: ignore[no-untyped-call]
-            self._trained = {one: (written(one), copy) for one, copy in zip(found, copies, strict=True)}
-            known = self._trained.get(weight)
-        return weight if known is None else known[1]
+        if known is None or known[0] != (written(weight), dtype):
+            copies = _Joined.apply(dtype, *group)  # type: ignore[no-untyped-call]
+            made = {one: ((written(one), dtype), copy) for one, copy in zip(group, copies, strict=True)}
+            self._trained = {**self._trained, **made}
+            known = made[weight]
+        return known[1]
 
     def given(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What a layer is given in the type that autocast computes in; itself where it is left alone."""
-        if not self._together or inputs.dtype != torch.float32:
+        # what is written to inference's tensors is not counted
+        if not self._together or inputs.dtype != torch.float32 or inputs.is_inference() or _transformed():
             return inputs
-        state = written(inputs), dtype, torch.is_grad_enabled()
-        if self._shared is None or self._shared[0]() is not inputs or self._shared[1] != state:
-            self._shared = weakref.ref(inputs), state, inputs.to(dtype)
-        return self._shared[2]
+        state = written(inputs), inputs.requires_grad, dtype, torch.is_grad_enabled()
+        shared = self._shared
+        if shared is None or shared[0]() is not inputs or shared[1] != state:
+            shared = self._shared = weakref.ref(inputs), state, inputs.to(dtype)
+        return shared[2]
 
     def give_up(self) -> bool:
         """Drops all copies and keeps none from now on, where memory is short; whether there were any."""
@@ -150,6 +167,11 @@ class Casts:
 
     def _trains(self, parameter: nn.Parameter | None) -> bool:
         return parameter is not None and parameter.requires_grad and not self._still
+
+
+def _transformed() -> bool:
+    """Whether torch.func computes something else of a function, to which custom ones would have to say how."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _Joined(torch.autograd.Function):

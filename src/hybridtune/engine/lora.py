@@ -75,7 +75,7 @@ def speed_up(modules: Iterable[nn.Module], undo: ExitStack, casts: Casts | None 
     Args:
         modules: of a model; others than LoRA's are left alone.
         undo: takes it back.
-        casts: copies of frozen weights in the type that autocast computes in.
+        casts: copies in the type that autocast computes in.
     """
     for module in modules:
         if knows(module) and "forward" not in vars(module):
@@ -116,8 +116,8 @@ def _forward(layer: Linear, own: Any, casts: Casts | None, x: torch.Tensor, *arg
     tensors = [x, base.weight, base.bias, *thin]
     if dtype is not None:
         if casts:
-            tensors[:3] = casts.given(x, dtype), *casts.frozen(base, dtype)
-            tensors[3:] = (casts.trained(one, dtype) for one in thin)
+            thin = [casts.trained(one, dtype) for one in thin]
+            tensors = [casts.given(x, dtype), *casts.frozen(base, dtype), *thin]
         tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
     with torch.autocast(x.device.type, enabled=False):
         product: torch.Tensor = _Product.apply(*tensors, layer.scaling[name])  # type: ignore[no-untyped-call]

@@ -1,13 +1,10 @@
 """Attention over all rows of a packed row in one call, by a kernel that takes their bounds: on CUDA, in half precision.
 
-flash-attn's kernel where it is installed, or torch's own. What neither can do (windows, biases, cross-attention, wide
-heads) goes group by group as ever.
+What the kernel cannot do (windows, biases, cross-attention, wide heads) goes group by group as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,26 +12,21 @@ import torch
 from .casts import compute_type
 from .layout import Layout
 
-WIDEST, MULTIPLE, CAPABILITY = 256, 8, (8, 0)  # heads that the kernels take, and GPUs that they run on
-
-# query [tokens, heads, width]; key, value [tokens, key heads, width], where heads may share them; bounds [rows + 1];
-# tokens of the longest row; causal; scaling; dropout
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, bool, float, float], torch.Tensor]
+WIDEST, MULTIPLE, CAPABILITY = 256, 8, (8, 0)  # heads that it takes, and GPUs that it runs on
 
 
-def kernel_for(query: torch.Tensor, value: torch.Tensor) -> Kernel | None:
-    """A kernel for these tensors; None where there is none."""
+def fits(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel takes these tensors, here."""
     width, dtype = query.shape[-1], compute_type(query)
-    fits = width == value.shape[-1] <= WIDEST and width % MULTIPLE == 0
-    if query.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or not fits:
-        return None
-    if torch.cuda.get_device_capability(query.device) < CAPABILITY:
-        return None
-    return _flash_attn() or _torch
+    if query.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if not width == value.shape[-1] <= WIDEST or width % MULTIPLE:
+        return False
+    capable = torch.cuda.get_device_capability(query.device) >= CAPABILITY
+    return capable and torch.backends.cuda.is_flash_attention_available()
 
 
 def attention(
-    kernel: Kernel,
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     layout: Layout,
     causal: bool,
@@ -44,7 +36,6 @@ def attention(
     """Runs it; gives [1, tokens, heads, width].
 
     Args:
-        kernel: found by `kernel_for`.
         states: queries [1, heads, tokens, width], keys and values [1, key heads, tokens, width], packed.
         layout: of the packed row.
         causal: whether a token sees itself and what is before it, or the whole row.
@@ -55,10 +46,10 @@ def attention(
     dtype = compute_type(query)  # rotated queries and keys may be of another type than values
     q, k, v = (tensor.to(dtype).squeeze(0).transpose(0, 1) for tensor in states)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernel(q, k, v, layout.bounds, layout.longest, causal, scaling, dropout).unsqueeze(0)
+    return flash(q, k, v, layout.bounds, layout.longest, causal, scaling, dropout).unsqueeze(0)
 
 
-def _torch(
+def flash(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -68,38 +59,22 @@ def _torch(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """What torch's `varlen_attn` and nested tensors come to in the end.
+    """Flash attention as torch has it. Gives [tokens, heads, width].
 
-    The former has no dropout, and costs a third of a millisecond of the host's time a call; the latter take twice the
-    time of a step.
+    Its `varlen_attn`, which calls the same, has no dropout, and costs a third of a millisecond of the host's time a
+    call; nested tensors, which lead to it too, twice the time of a step.
+
+    Args:
+        q: [tokens, heads, width].
+        k, v: [tokens, key heads, width]; several heads may share one.
+        bounds: [rows + 1], 32-bit: where rows begin, and the last one ends.
+        longest: tokens of the longest row.
+        causal: whether a token sees itself and what is before it, or the whole row.
+        scaling: of the scores.
+        dropout: probability.
     """
     kernel: Any = torch.ops.aten._flash_attention_forward
     result: torch.Tensor = kernel(
         q, k, v, bounds, bounds, longest, longest, dropout, causal, return_debug_mask=False, scale=scaling
     )[0]
     return result
-
-
-@cache
-def _flash_attn() -> Kernel | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-
-    def run(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        bounds: torch.Tensor,
-        longest: int,
-        causal: bool,
-        scaling: float,
-        dropout: float,
-    ) -> torch.Tensor:
-        result: Any = flash_attn_varlen_func(
-            q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=causal
-        )
-        return result  # type: ignore[no-any-return]
-
-    return run
