@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import TrainingArguments
+from transformers import DataCollatorWithPadding, TrainingArguments
 
 from hybridtune import engine
 from hybridtune.engine import varlen
@@ -119,7 +119,9 @@ def test_a_training_gives_what_trainer_gives(name: str, method: str, tmp_path: P
             report_to=[],
         )
         stage = Stage.model_validate({"rules": rules})
-        trainer = HybridTrainer(model, given, strategy=[stage], train_dataset=dataset, engine=way)
+        collate = DataCollatorWithPadding(tiny.tokenizer())
+        more = {"train_dataset": dataset, "data_collator": collate, "engine": way}
+        trainer = HybridTrainer(model, given, strategy=[stage], **more)
         trainer.train()
         assert trainer.engine is not None
         assert trainer.engine.on == (way == "auto")
