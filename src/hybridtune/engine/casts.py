@@ -1,4 +1,4 @@
-"""What autocast would cast again and again: weights that do not change, once; on a GPU those that do, in one call."""
+"""What autocast would cast again and again: weights that do not change, once; on a GPU others, many in a call."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Casts:
         self._adapted = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
         self._copies: dict[nn.Module, tuple[Any, Any, list[Any]]] = {}  # with what they were made from
         self._groups: dict[nn.Parameter, list[nn.Parameter]] = {}  # of trained weights, those that are cast with each
-        self._trained: dict[nn.Parameter, tuple[Any, torch.Tensor]] = {}  # of this forward
+        self._trained: dict[nn.Parameter, tuple[Any, torch.Tensor]] = {}  # of the last group
         self._shared: tuple[Any, Any, torch.Tensor] | None = None
 
     @contextmanager
@@ -82,7 +82,7 @@ class Casts:
             if self._together:
                 self._groups = self._grouped()
                 undo.callback(self._forget)
-                # what of copies is needed afterwards autograd has
+                # autograd has what of them is needed afterwards
                 undo.callback(self._model.register_forward_pre_hook(self._forget).remove)
                 undo.callback(self._model.register_forward_hook(self._forget, always_call=True).remove)
             yield
@@ -113,8 +113,7 @@ class Casts:
         if known is None or known[0] != (written(weight), dtype):
             copies = _Joined.apply(dtype, *group)  # type: ignore[no-untyped-call]
             made = {one: ((written(one), dtype), copy) for one, copy in zip(group, copies, strict=True)}
-            self._trained = {**self._trained, **made}
-            known = made[weight]
+            self._trained, known = made, made[weight]
         return known[1]
 
     def given(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
