@@ -24,8 +24,8 @@ collate batches in the process that trains, as is the default:
 In a round each side runs once, in turn; ratios are those within a round. Liger Kernel changes transformers for all that
 a process makes later: sides with it run in one process, those without it in another, which waits meanwhile. A run goes
 four times over the same three batches; figures are useful tokens (no padding) a second of the last three times, since
-in the first kernels are compiled, some for every width of a batch. A side that fails says so. Results
-are appended to results/gpu.jsonl; what stands there of this GPU is skipped.
+in the first kernels are compiled, some for every width of a batch. A side that fails says so. Results are appended to
+results/gpu.jsonl; what stands there of this GPU, measured so, is skipped.
 """
 
 from __future__ import annotations
@@ -167,8 +167,7 @@ def main() -> None:
         for number, model, method in itertools.product(range(1, asked.rounds + 1), asked.models, asked.methods):
             if time.monotonic() - begun < asked.seconds:
                 run(asked, sides, number, model, method)
-    rows = Record(asked.results).rows()
-    print(table(rows))
+    print(table(Record(asked.results).rows()))
 
 
 class Sides:
@@ -177,7 +176,8 @@ class Sides:
     def __init__(self, device: str) -> None:
         self.device = device
         self._processes = {with_liger: ProcessPoolExecutor(1, get_context("spawn")) for with_liger in (False, True)}
-        self.machine = [one.submit(machine, device) for one in self._processes.values()].pop().result()
+        begun = [process.submit(machine, device) for process in self._processes.values()]  # both at once
+        self.machine = begun[0].result()
 
     def once(self, model: str, method: str, side: str, profile: bool = False) -> dict[str, Any]:
         """One training."""
@@ -195,8 +195,8 @@ class Sides:
 def run(asked: argparse.Namespace, sides: Sides, number: int, model: str, method: str) -> None:
     """All sides of one method on one model in one round, where it is not there yet, and the profile of ours."""
     record = Record(asked.results)
-    about = {**sizes(model), **sides.machine, "steps": STEPS, "date": time.strftime("%Y-%m-%d")}
-    key = [model, method, sides.machine["device"]]
+    about = {**sizes(model), **sides.machine, "date": time.strftime("%Y-%m-%d")}
+    key = [model, method, sides.machine["device"], STEPS]
     if not record.has([*key, number]):
         runs = []
         for side in ENCODERS if MODELS[model]["type"] == "bert" else DECODERS:
@@ -421,13 +421,14 @@ def _of_host(event: Any) -> bool:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line a side of a method on a model, and where the time of ours goes."""
     lines = []
-    for device in dict.fromkeys(row["key"][2] for row in rows):
-        mine = [row for row in rows if row["key"][2] == device and "runs" in row]
+    for device, steps in dict.fromkeys(tuple(row["key"][2:4]) for row in rows):
+        same = [row for row in rows if row["key"][2:4] == [device, steps]]
+        mine = [row for row in same if "runs" in row]
         where = mine[0]
         best = statistics.median(row["peak"] for row in mine)
         lines += [
             f"\n**{device}** (torch {where['torch']}, transformers {where['transformers']}, PEFT {where['peft']}, "
-            f"{where['date']}; {where['steps']}; a large product in bf16: {best:.0f} TFLOP/s)\n",
+            f"{where['date']}; {steps}; a large product in bf16: {best:.0f} TFLOP/s)\n",
             "| model | method | side | tokens/s | of peak | ours, times as fast | memory | rounds |",
             "|---|---|---|---|---|---|---|---|",
         ]
@@ -435,7 +436,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             rounds = [row for row in mine if row["key"][:2] == [model, method]]
             sides = [run["side"] for run in rounds[0]["runs"]]
             lines += [f"| {model} | {method} | {_cells(rounds, method, side)} |" for side in sides]
-        lines += _profiles([row for row in rows if row["key"][2] == device])
+        lines += _profiles(same)
     return "\n".join(lines)
 
 

@@ -492,7 +492,7 @@ class TestCasts:
 
 
 class TestCastsTogether:
-    """As on a GPU: trained weights in one call a forward, and what several layers are given once."""
+    """As on a GPU: trained weights many in a call, and what several layers are given once."""
 
     @staticmethod
     def model() -> nn.Sequential:

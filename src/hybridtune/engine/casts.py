@@ -68,6 +68,8 @@ class Casts:
         # PEFT merges through `.data`
         self._adapted = {layer.base_layer: layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
         self._copies: dict[nn.Module, tuple[Any, Any, list[Any]]] = {}  # with what they were made from
+        head = head_of(model)
+        self._apart = frozenset(head.parameters()) if head is not None else frozenset()  # autocast's: see `vocabulary`
         self._groups: dict[nn.Parameter, list[nn.Parameter]] = {}  # of trained weights, those that are cast with each
         self._trained: dict[nn.Parameter, tuple[Any, torch.Tensor]] = {}  # of the last group
         self._shared: tuple[Any, Any, torch.Tensor] | None = None
@@ -91,13 +93,11 @@ class Casts:
         self._trained, self._shared = {}, None
 
     def _grouped(self) -> dict[nn.Parameter, list[nn.Parameter]]:
-        """Trained weights in groups of those that lie side by side; a head's are autocast's business (`vocabulary`)."""
-        head = head_of(self._model)
-        apart = set() if head is None else set(head.parameters())
+        """Trained weights, but for a head's, in groups of those that lie side by side."""
         found, group, numbers = dict[nn.Parameter, list[nn.Parameter]](), list[nn.Parameter](), 0
         every: Iterator[Any] = (one for module in self._linear for one in (module.weight, module.bias))
         for one in every:
-            if self._trains(one) and one.dtype == torch.float32 and one not in apart and one not in found:
+            if self._trains(one) and one.dtype == torch.float32 and one not in self._apart and one not in found:
                 if numbers + one.numel() > GROUP:
                     group, numbers = [], 0
                 group.append(one)
